@@ -1,0 +1,62 @@
+//! `warmswap stop`: end a service, or everything.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+use warmswap_agent::api::SOCKET_NAME;
+use warmswap_model::ServiceName;
+
+use super::Here;
+use crate::client::Client;
+use crate::output::{say, say_json};
+
+pub(super) fn stop(here: &Here, service: Option<&ServiceName>) -> Result<ExitCode> {
+    match service {
+        Some(service) => {
+            let client = Client::connect(&here.run_dir)?;
+            let _: serde_json::Value = client.post(&format!("/v1/services/{service}/stop"), &json!({}))?;
+            if here.json { say_json(&json!({ "stopped": service }))? } else { say(&format!("{service} ended")) }
+        }
+        None => stop_all(here)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// With an agent: it ends its services and itself. With or without: whatever is left of ours is removed.
+fn stop_all(here: &Here) -> Result<()> {
+    if let Ok(client) = Client::connect(&here.run_dir) {
+        let answer: Result<serde_json::Value> = client.post("/v1/stop", &json!({}));
+        if let Err(error) = answer {
+            eprintln!("the agent does not stop by itself: {error:#}");
+        }
+        client.wait_until_gone();
+    }
+    let (removed, left) = purge(&here.run_dir)?;
+    if here.json {
+        say_json(&json!({ "removed": removed, "left": left }))?;
+    } else {
+        removed.iter().for_each(|what| say(&format!("removed {what}")));
+        say("everything has ended");
+    }
+    if !left.is_empty() {
+        bail!("some things could not be removed: {}", left.join(", "));
+    }
+    Ok(())
+}
+
+/// Removes whatever an agent that was killed left behind; returns that, and what is still there.
+pub(super) fn purge(run_dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
+    let mut removed = warmswap_backend::purge(run_dir)?;
+    let socket = run_dir.join(SOCKET_NAME);
+    // Somebody who still answers needs it.
+    if socket.exists() && Client::connect(run_dir).is_err() {
+        std::fs::remove_file(&socket).with_context(|| format!("cannot remove {}", socket.display()))?;
+        removed.push(format!("socket {}", socket.display()));
+    }
+    for journal in std::fs::read_dir(run_dir.join("journal")).into_iter().flatten().flatten() {
+        std::fs::remove_file(journal.path())?;
+    }
+    Ok((removed, warmswap_backend::leftovers(run_dir)))
+}

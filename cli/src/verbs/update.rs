@@ -1,0 +1,106 @@
+//! `warmswap update` and `warmswap rollback`: a handover, phase by phase, then one line of verdict.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Result, anyhow, bail};
+use hyper::Method;
+use warmswap_agent::api::{Progress, UpdateLine, UpdateRequest};
+use warmswap_model::{HandoverReport, PhaseOutcome, ServiceName, Verdict};
+
+use super::run::read_service_file;
+use super::{Here, NOT_COMMITTED};
+use crate::client::Client;
+use crate::output::{self, Style, duration_us, paint, say, say_json};
+
+pub(super) fn update(
+    here: &Here,
+    service: &ServiceName,
+    image: Option<PathBuf>,
+    file: Option<&Path>,
+) -> Result<ExitCode> {
+    let image = image.map(std::path::absolute).transpose()?;
+    let file = file.map(read_service_file).transpose()?;
+    let request = UpdateRequest { image, file, fault: None };
+    let client = Client::connect(&here.run_dir)?;
+    let report = hand_over(&client, &format!("/v1/services/{service}/update"), &request, |line| show(here, line))?;
+    Ok(exit_code(&report))
+}
+
+pub(super) fn rollback(here: &Here, service: &ServiceName) -> Result<ExitCode> {
+    let client = Client::connect(&here.run_dir)?;
+    let path = format!("/v1/services/{service}/rollback");
+    let report = hand_over(&client, &path, &UpdateRequest::default(), |line| show(here, line))?;
+    Ok(exit_code(&report))
+}
+
+fn exit_code(report: &HandoverReport) -> ExitCode {
+    match report.verdict {
+        Verdict::Committed => ExitCode::SUCCESS,
+        Verdict::RolledBack | Verdict::Aborted => ExitCode::from(NOT_COMMITTED),
+    }
+}
+
+/// Follows one handover to its report.
+pub(super) fn hand_over(
+    client: &Client,
+    path: &str,
+    request: &UpdateRequest,
+    mut each: impl FnMut(&UpdateLine) -> Result<()>,
+) -> Result<HandoverReport> {
+    let mut report = None;
+    client.lines(Method::POST, path, request, |line: UpdateLine| {
+        each(&line)?;
+        match line {
+            UpdateLine::Report(finished) => report = Some(*finished),
+            UpdateLine::Error(error) => bail!(error),
+            UpdateLine::Progress(_) => {}
+        }
+        Ok(true)
+    })?;
+    report.ok_or_else(|| anyhow!("the agent went away during the handover; `warmswap status` shows who serves"))
+}
+
+fn show(here: &Here, line: &UpdateLine) -> Result<()> {
+    if here.json {
+        return say_json(line);
+    }
+    match line {
+        UpdateLine::Progress(progress) => show_progress(progress),
+        UpdateLine::Report(report) => say(&verdict_line(report)),
+        UpdateLine::Error(_) => {} // becomes the error of the command
+    }
+    Ok(())
+}
+
+pub(super) fn show_progress(progress: &Progress) {
+    match progress {
+        Progress::Begun { handover, from, to } => {
+            say(&paint(Style::Bold, &format!("handover {handover}: {from} → {to}")));
+        }
+        Progress::PhaseBegun { .. } => {}
+        Progress::PhaseEnded { phase, outcome, duration_us: us, detail } => {
+            let mark = match outcome {
+                PhaseOutcome::Done => paint(Style::Good, "✓"),
+                PhaseOutcome::Failed => paint(Style::Bad, "✗"),
+                PhaseOutcome::Undone => paint(Style::Warn, "↩"),
+            };
+            say(format!("  {mark} {phase:<8} {:>9}  {detail}", duration_us(*us)).trim_end());
+        }
+    }
+}
+
+pub(super) fn verdict_line(report: &HandoverReport) -> String {
+    let mut line = format!("{} {} → {}: {}", report.service, report.from, report.to, output::verdict(report.verdict));
+    if let Some(blackout) = report.blackouts.first() {
+        line.push_str(&format!(", blackout {}", duration_us(blackout.us)));
+    }
+    line.push_str(&format!(", rung {}", report.rung));
+    if let Some(reason) = &report.reason {
+        line.push_str(&format!(": {reason}"));
+    }
+    for lost in &report.lost {
+        line.push_str(&format!("; {lost}"));
+    }
+    line
+}

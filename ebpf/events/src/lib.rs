@@ -1,0 +1,293 @@
+//! What the BPF programs and the sensor must agree on, bit for bit: records, counters, map names, the layout table of
+//! kernel structs, and the arithmetic of latency buckets.
+//!
+//! Not here: how records are produced (`ebpf/probes`) or turned into windows (`runtime/sensor`). Everything is plain
+//! data without pointers, so that a shared mapping of it means the same on both sides.
+//!
+//! Keyed by *slot*: user space gives every watched cgroup a slot (1 and up; 0 means "not watched"), and the frequent
+//! counters live at `slot * cpus + cpu` in one mapped array. Finding the slot of the current cgroup is a comparison
+//! with a per-CPU cached word (see [`CacheWord`]) and only after a change of cgroup a hash lookup.
+#![no_std]
+
+mod buckets;
+mod layout;
+
+pub use buckets::{BUCKETS, SUB_BUCKETS_PER_OCTAVE, bucket_of_ns, bucket_upper_ns};
+pub use layout::{ARG_MISSING, Layout, OFFSET_MISSING, SYSCALL_TABLE, SyscallKind};
+
+/// Names of the maps in the BPF object.
+pub mod map {
+    /// Forced or default wake-up: marks and out-of-memory kills.
+    pub const RING_URGENT: &str = "RING_URGENT";
+    /// Never wakes, drained on a timer: everything else.
+    pub const RING_BULK: &str = "RING_BULK";
+    /// `slot * cpus + cpu` → [`crate::Counters`].
+    pub const COUNTERS: &str = "COUNTERS";
+    /// `slot` → [`crate::Histogram`].
+    pub const LATENCY: &str = "LATENCY";
+    /// `cpu` → [`crate::Running`].
+    pub const RUNNING: &str = "RUNNING";
+    /// `cpu * CACHE_LANES + lane` → [`crate::CacheWord`].
+    pub const CACHE: &str = "CACHE";
+    /// cgroup id → slot.
+    pub const WATCHED: &str = "WATCHED";
+    /// Id of the cgroup that block requests are charged to → slot. The same ids as in `WATCHED` where the io
+    /// controller is on v2, those of the v1 blkio hierarchy where it is not.
+    pub const WATCHED_BLOCK: &str = "WATCHED_BLOCK";
+    /// One [`crate::Control`].
+    pub const CONTROL: &str = "CONTROL";
+    /// `class` → [`crate::ClassAccount`].
+    pub const ACCOUNT: &str = "ACCOUNT";
+    /// Socket cookie → request state; private to the probes.
+    pub const REQUESTS: &str = "REQUESTS";
+    /// (cgroup, device queue) → next sector; private to the probes.
+    pub const BLOCK_NEXT: &str = "BLOCK_NEXT";
+}
+
+/// Names of the read-only globals that the sensor sets before loading.
+pub mod global {
+    pub const LAYOUT: &str = "LAYOUT";
+    pub const CPUS: &str = "CPUS";
+    pub const OWN_TGID: &str = "OWN_TGID";
+    pub const SYSCALLS: &str = "SYSCALLS";
+}
+
+/// The `prctl` option that is a handover mark: "WSWP". No kernel knows it, so the call fails with EINVAL and does
+/// nothing else.
+pub const MARK_OPTION: u64 = 0x5753_5750;
+
+/// Classes of events that are sent. Discriminants are array indices and stay as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Class {
+    /// A process replaced its program. Followed by the path ([`ExecRecord`]).
+    Exec = 0,
+    /// A process (not a thread) was created. `args[0]`: pid of the child.
+    Fork = 1,
+    /// The first thread of a process ended. `args[0]`: exit code as in `wait(2)`.
+    Exit = 2,
+    /// A TCP socket changed state. `args[0]`: old state << 8 | new state; `args[1]`: local port << 16 | remote port.
+    Tcp = 3,
+    /// A TCP reset. `args[0]`: 1 sent, 2 received; `args[1]`: ports as above.
+    TcpReset = 4,
+    /// A read from a terminal or an input device returned data. `args[0]`: device number as the kernel holds it
+    /// (major << 20 | minor); `args[1]`: bytes.
+    Input = 5,
+    /// The kernel chose a process to kill for want of memory. `args[0]`: pid of the victim.
+    Oom = 6,
+    /// A handover mark. `args[0]`: mark << 32 | generation; `args[1]`: handover id.
+    Mark = 7,
+}
+
+/// How many classes there are.
+pub const CLASSES: usize = 8;
+
+impl Class {
+    pub const ALL: [Self; CLASSES] =
+        [Self::Exec, Self::Fork, Self::Exit, Self::Tcp, Self::TcpReset, Self::Input, Self::Oom, Self::Mark];
+
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exec => "exec",
+            Self::Fork => "fork",
+            Self::Exit => "exit",
+            Self::Tcp => "tcp",
+            Self::TcpReset => "tcp-reset",
+            Self::Input => "input",
+            Self::Oom => "oom",
+            Self::Mark => "mark",
+        }
+    }
+
+    /// From the number in a record; `None` for a number no probe sends.
+    #[must_use]
+    pub const fn from_u32(value: u32) -> Option<Self> {
+        let value = value as usize;
+        if value < CLASSES { Some(Self::ALL[value]) } else { None }
+    }
+
+    /// The class's bit in [`Control::classes`].
+    #[must_use]
+    pub const fn bit(self) -> u64 {
+        1 << self as u32
+    }
+
+    /// Urgent classes go through the ring that wakes the reader and are always sent.
+    #[must_use]
+    pub const fn urgent(self) -> bool {
+        matches!(self, Self::Oom | Self::Mark)
+    }
+}
+
+/// The fixed part of every event: one cache line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Record {
+    /// `CLOCK_MONOTONIC`, ns.
+    pub time_ns: u64,
+    /// cgroup v2 id; 0 when the kernel could not tell.
+    pub cgroup: u64,
+    pub class: u32,
+    /// Process (thread group) id; 0 when the event did not happen in a process's context.
+    pub pid: u32,
+    pub tid: u32,
+    /// Slot of the deepest watched cgroup around it; 0 when none is watched.
+    pub slot: u32,
+    pub comm: [u8; 16],
+    pub args: [u64; 2],
+}
+
+/// How much of a program's path is sent.
+pub const PATH_LENGTH: usize = 64;
+
+/// An exec: the fixed part and the path of the program, zero-terminated unless cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct ExecRecord {
+    pub record: Record,
+    pub path: [u8; PATH_LENGTH],
+}
+
+/// What one CPU counted for one slot. Only grows. Three cache lines, so that CPUs do not share any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Counters {
+    pub syscalls: u64,
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub write_bytes: u64,
+    pub tty_inputs: u64,
+    pub run_ns: u64,
+    pub page_faults: u64,
+    pub rx_packets: u64,
+    pub rx_bytes: u64,
+    pub tx_packets: u64,
+    pub tx_bytes: u64,
+    pub tcp_opened: u64,
+    pub tcp_closed: u64,
+    pub tcp_resets: u64,
+    pub tcp_resets_received: u64,
+    pub execs: u64,
+    pub forks: u64,
+    pub exits: u64,
+    pub oom_kills: u64,
+    pub block_requests: u64,
+    pub block_bytes: u64,
+    pub block_sequential: u64,
+    pub reserved: u64,
+}
+
+/// Request latencies of one slot, by bucket.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Histogram {
+    pub buckets: [u64; BUCKETS],
+}
+
+/// Who runs on a CPU, written at every switch, so that a process that never gives up its CPU is charged too.
+/// The probe writes `slot = 0`, then `since_ns`, then `slot`; a reader that sees the same `since_ns` before and after
+/// reading `slot` has a pair that belongs together.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Running {
+    pub since_ns: u64,
+    pub slot: u64,
+    pub reserved: [u64; 6],
+}
+
+/// What user space tells the probes while they run.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Control {
+    /// Raised by one whenever `WATCHED` changed; cached slots of another epoch are looked up again.
+    pub epoch: u64,
+    /// Bit per [`Class`]: which classes to send. Urgent classes are sent whatever stands here.
+    pub classes: u64,
+    /// 1: send events of every cgroup; 0: of watched ones only. Urgent classes are sent from everywhere.
+    pub everywhere: u64,
+}
+
+/// Kernel side of the accounting: what a probe wanted to send, and what found no room in the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct ClassAccount {
+    pub emitted: u64,
+    pub dropped: u64,
+}
+
+/// Cached words per CPU: one lane per kind of context, so that an interrupting program does not fight for the word
+/// of the program it interrupted. One cache line per CPU.
+pub const CACHE_LANES: u32 = 8;
+pub const LANE_SYSCALL: u32 = 0;
+pub const LANE_SWITCH: u32 = 1;
+pub const LANE_INGRESS: u32 = 2;
+pub const LANE_EGRESS: u32 = 3;
+pub const LANE_FAULT: u32 = 4;
+pub const LANE_OTHER: u32 = 5;
+
+/// Highest number of slots: what fits a [`CacheWord`].
+pub const SLOTS_MAX: u32 = 1 << 12;
+
+/// A cgroup id, an epoch and a slot in one word, so that it is read and written whole: `id:40 | epoch:12 | slot:12`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheWord(pub u64);
+
+impl CacheWord {
+    /// Ids from here on are not cached (kernfs would have to wrap its 32-bit counter 256 times).
+    pub const CGROUP_LIMIT: u64 = 1 << 40;
+
+    /// The upper part that must match for the slot to be valid.
+    #[inline(always)]
+    #[must_use]
+    pub const fn key(cgroup: u64, epoch: u64) -> u64 {
+        (cgroup << 24) | ((epoch & 0xfff) << 12)
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot(self) -> u32 {
+        (self.0 & 0xfff) as u32
+    }
+
+    #[inline(always)]
+    #[must_use]
+    pub const fn matches(self, key: u64) -> bool {
+        self.0 & !0xfff == key
+    }
+}
+
+const _: () = {
+    assert!(size_of::<Record>() == 64);
+    assert!(size_of::<ExecRecord>() == 128);
+    assert!(size_of::<Counters>() == 192);
+    assert!(size_of::<Running>() == 64);
+    assert!(size_of::<Control>() == 24);
+    assert!(size_of::<ClassAccount>() == 16);
+    assert!(size_of::<Histogram>() == BUCKETS * 8);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_and_their_numbers_agree() {
+        for (index, class) in Class::ALL.into_iter().enumerate() {
+            assert_eq!(class as usize, index);
+            assert_eq!(Class::from_u32(index as u32), Some(class));
+        }
+        assert_eq!(Class::from_u32(CLASSES as u32), None);
+    }
+
+    #[test]
+    fn a_cached_slot_is_valid_only_for_its_cgroup_and_epoch() {
+        let word = CacheWord(CacheWord::key(4711, 3) | 17);
+        assert!(word.matches(CacheWord::key(4711, 3)));
+        assert!(word.matches(CacheWord::key(4711, 3 + 4096)));
+        assert!(!word.matches(CacheWord::key(4711, 4)));
+        assert!(!word.matches(CacheWord::key(4712, 3)));
+        assert_eq!(word.slot(), 17);
+    }
+}

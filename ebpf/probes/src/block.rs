@@ -1,0 +1,80 @@
+//! Requests to block devices: how many, how large, sequential or not.
+//!
+//! A request is charged to the cgroup its bio carries: the one that caused it, also for write-back on v2 with the io
+//! and memory controllers. Where that one is not watched, a request issued by a watched process is charged to that
+//! process's cgroup. Write-back on a v1 or hybrid host belongs to nobody, and is not counted.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use warmswap_events::{LANE_OTHER, OFFSET_MISSING};
+
+use crate::cgroup;
+use crate::maps::{BLOCK_NEXT, WATCHED_BLOCK, add_shared, counters, cpu, layout};
+use crate::read;
+
+const SECTOR_BYTES: u64 = 512;
+
+/// Where the request is the only argument.
+#[raw_tracepoint(tracepoint = "block_rq_issue")]
+pub(crate) fn block_issue(ctx: RawTracePointContext) -> i32 {
+    issue(ctx.arg(0))
+}
+
+/// Up to 5.10 the queue came first. A program of its own, because the kernel refuses to attach one that so much as
+/// contains a read of an argument the tracepoint has not.
+#[raw_tracepoint(tracepoint = "block_rq_issue")]
+pub(crate) fn block_issue_queue_first(ctx: RawTracePointContext) -> i32 {
+    issue(ctx.arg(1))
+}
+
+#[inline(always)]
+fn issue(request: u64) -> i32 {
+    let cpu = cpu();
+    let mut slot = charged_to(request).unwrap_or(0);
+    if slot == 0 {
+        slot = cgroup::of_current(cpu, LANE_OTHER).slot;
+    }
+    let Some(counters) = counters(slot, cpu) else { return 0 };
+    let (Some(sector), Some(length), Some(queue)) = (
+        read::at::<u64>(request, layout!(request_sector)),
+        read::at::<u32>(request, layout!(request_length)),
+        read::at::<u64>(request, layout!(request_queue)),
+    ) else {
+        return 0;
+    };
+    add_shared!(counters, block_requests, 1);
+    add_shared!(counters, block_bytes, u64::from(length));
+    if length == 0 {
+        return 0; // a flush has no place
+    }
+    let key = [u64::from(slot), queue];
+    // SAFETY: a u64 that is replaced whole.
+    if unsafe { BLOCK_NEXT.get(&key) }.copied() == Some(sector) {
+        add_shared!(counters, block_sequential, 1);
+    }
+    let next = sector.wrapping_add(u64::from(length) / SECTOR_BYTES);
+    // Cannot fail but for memory; then the next request counts as random.
+    let _ = BLOCK_NEXT.insert(&key, &next, 0);
+    0
+}
+
+#[inline(always)]
+fn charged_to(request: u64) -> Option<u32> {
+    if layout!(bio_blkg) == OFFSET_MISSING || layout!(blkg_blkcg) == OFFSET_MISSING {
+        return None;
+    }
+    let bio = read::pointer(request, layout!(request_bio))?;
+    let blkg = read::pointer(bio, layout!(bio_blkg))?;
+    let blkcg = read::pointer(blkg, layout!(blkg_blkcg))?;
+    let mut cgroup = read::pointer(blkcg, layout!(blkcg_cgroup))?;
+    for _ in 0..4 {
+        let id = cgroup::id_of(cgroup)?;
+        // SAFETY: a u32 that user space replaces whole.
+        if let Some(slot) = unsafe { WATCHED_BLOCK.get(&id) } {
+            return Some(*slot);
+        }
+        let css = read::pointer(cgroup, layout!(cgroup_parent_css))?;
+        cgroup = read::pointer(css, layout!(css_cgroup))?;
+    }
+    None
+}

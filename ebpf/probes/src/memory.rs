@@ -1,0 +1,38 @@
+//! Memory: page faults of user code, and processes killed for want of memory.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use warmswap_events::{ARG_MISSING, Class, LANE_FAULT, LANE_OTHER};
+
+use crate::cgroup;
+use crate::emit::{Context, emit};
+use crate::maps::{add_shared, counters, cpu, layout};
+use crate::read;
+
+#[raw_tracepoint(tracepoint = "page_fault_user")]
+pub(crate) fn page_fault(_ctx: RawTracePointContext) -> i32 {
+    let cpu = cpu();
+    let owner = cgroup::of_current(cpu, LANE_FAULT);
+    if let Some(counters) = counters(owner.slot, cpu) {
+        add_shared!(counters, page_faults, 1);
+    }
+    0
+}
+
+#[raw_tracepoint(tracepoint = "mark_victim")]
+pub(crate) fn out_of_memory(ctx: RawTracePointContext) -> i32 {
+    let cpu = cpu();
+    // Newer kernels give the victim; older ones only its pid, and then the kill is charged to whoever asked for
+    // memory: the same cgroup when a limit of the cgroup was met.
+    let (pid, owner) = if layout!(arg_oom_task) == ARG_MISSING {
+        (ctx.arg::<u32>(0), cgroup::of_current(cpu, LANE_OTHER))
+    } else {
+        let task: u64 = ctx.arg(0);
+        (read::at(task, layout!(task_tgid)).unwrap_or(0), cgroup::of_task(cpu, LANE_OTHER, task))
+    };
+    if let Some(counters) = counters(owner.slot, cpu) {
+        add_shared!(counters, oom_kills, 1);
+    }
+    emit(Class::Oom, owner, Context::Any, [u64::from(pid), 0]);
+    0
+}

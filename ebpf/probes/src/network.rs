@@ -1,0 +1,141 @@
+//! Packets and bytes per cgroup, and the latency of requests, from `cgroup_skb` at the root of the v2 hierarchy.
+//!
+//! Latency needs no knowledge of the protocol: on a connection that was accepted, the first packet with payload that
+//! arrives starts a request, and the first packet with payload that leaves answers it. With pipelining this is the
+//! time to the first answer of the batch. What a service asks of others is left out: its own SYN marks the
+//! connection as a client's. Bytes are those of the IP layer.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_skb_load_bytes};
+use aya_ebpf::macros::cgroup_skb;
+use aya_ebpf::programs::SkBuffContext;
+use warmswap_events::{BUCKETS, LANE_EGRESS, LANE_INGRESS, bucket_of_ns};
+
+use crate::cgroup;
+use crate::emit::now_ns;
+use crate::maps::{LATENCY, REQUESTS, add_atomic, add_shared, counters, cpu};
+
+const PASS: i32 = 1;
+
+const PROTOCOL_TCP: u8 = 6;
+const FLAG_SYN: u8 = 0x02;
+const FLAG_ACK: u8 = 0x10;
+
+/// Request state of a connection: nothing asked; a client's; else the time the pending request arrived.
+const IDLE: u64 = 0;
+const CLIENT: u64 = u64::MAX;
+
+#[cgroup_skb]
+pub(crate) fn net_ingress(ctx: SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
+    let cpu = cpu();
+    let slot = cgroup::of_skb(cpu, LANE_INGRESS, skb);
+    let Some(counters) = counters(slot, cpu) else { return PASS };
+    add_shared!(counters, rx_packets, packets(skb));
+    add_shared!(counters, rx_bytes, u64::from(length(skb)));
+    if let Some(tcp) = Tcp::of(skb)
+        && tcp.payload
+    {
+        // SAFETY: `skb` is the program's context.
+        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
+        match REQUESTS.get_ptr_mut(&cookie) {
+            // SAFETY: the lookup succeeded; one word.
+            Some(state) => unsafe {
+                if *state == IDLE {
+                    *state = now_ns();
+                }
+            },
+            // Fails only when memory is short; the request is then not measured.
+            None => {
+                let _ = REQUESTS.insert(&cookie, &now_ns(), 0);
+            }
+        }
+    }
+    PASS
+}
+
+#[cgroup_skb]
+pub(crate) fn net_egress(ctx: SkBuffContext) -> i32 {
+    let skb = ctx.skb.skb;
+    let cpu = cpu();
+    let slot = cgroup::of_skb(cpu, LANE_EGRESS, skb);
+    let Some(counters) = counters(slot, cpu) else { return PASS };
+    add_shared!(counters, tx_packets, packets(skb));
+    add_shared!(counters, tx_bytes, u64::from(length(skb)));
+    let Some(tcp) = Tcp::of(skb) else { return PASS };
+    if tcp.payload {
+        // SAFETY: `skb` is the program's context.
+        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
+        if let Some(state) = REQUESTS.get_ptr_mut(&cookie) {
+            // SAFETY: the lookup succeeded; one word.
+            let since = unsafe { *state };
+            if since != IDLE && since != CLIENT {
+                // SAFETY: as above.
+                unsafe { *state = IDLE };
+                record(slot, now_ns().wrapping_sub(since));
+            }
+        }
+    } else if tcp.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN {
+        // SAFETY: `skb` is the program's context.
+        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
+        // Fails only when memory is short; the connection is then taken for a server's.
+        let _ = REQUESTS.insert(&cookie, &CLIENT, 0);
+    }
+    PASS
+}
+
+#[inline(always)]
+fn record(slot: u32, ns: u64) {
+    if let Some(histogram) = LATENCY.get_ptr_mut(slot) {
+        let bucket = bucket_of_ns(ns);
+        if bucket < BUCKETS {
+            // SAFETY: the lookup succeeded and the index was checked in the line above, for the verifier too.
+            add_atomic(unsafe { (&raw mut (*histogram).buckets).cast::<u64>().add(bucket) }, 1);
+        }
+    }
+}
+
+#[inline(always)]
+fn length(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the program's context.
+    unsafe { (*skb).len }
+}
+
+/// Packets on the wire: a large buffer is cut into segments later, or was joined from them before.
+#[inline(always)]
+fn packets(skb: *mut __sk_buff) -> u64 {
+    // SAFETY: the program's context.
+    let segments = unsafe { (*skb).gso_segs };
+    if segments == 0 { 1 } else { u64::from(segments) }
+}
+
+struct Tcp {
+    payload: bool,
+    flags: u8,
+}
+
+impl Tcp {
+    /// `None` for anything but TCP directly inside IPv4 or IPv6.
+    #[inline(always)]
+    fn of(skb: *mut __sk_buff) -> Option<Self> {
+        // Enough for the version, the header length and the protocol of both.
+        let ip: [u8; 12] = load(skb, 0)?;
+        let header: u32 = match ip[0] >> 4 {
+            4 if ip[9] == PROTOCOL_TCP => u32::from(ip[0] & 0x0f) * 4,
+            6 if ip[6] == PROTOCOL_TCP => 40,
+            _ => return None,
+        };
+        // Data offset and flags.
+        let tcp: [u8; 2] = load(skb, header + 12)?;
+        let headers = header + u32::from(tcp[0] >> 4) * 4;
+        Some(Self { payload: length(skb) > headers, flags: tcp[1] })
+    }
+}
+
+#[inline(always)]
+fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
+    let mut bytes = [0u8; N];
+    // SAFETY: the destination is N bytes long; the helper checks the offset.
+    let result = unsafe { bpf_skb_load_bytes(skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
+    if result == 0 { Some(bytes) } else { None }
+}

@@ -1,0 +1,77 @@
+//! Processes: exec, fork, exit. Threads are neither counted nor sent.
+
+use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_get_current_task};
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use warmswap_events::{ARG_MISSING, Class, LANE_OTHER, OFFSET_MISSING};
+
+use crate::cgroup;
+use crate::emit::{Context, emit, emit_exec, wanted};
+use crate::maps::{add_shared, counters, cpu, layout};
+use crate::read;
+
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+pub(crate) fn process_exec(ctx: RawTracePointContext) -> i32 {
+    let cpu = cpu();
+    let owner = cgroup::of_current(cpu, LANE_OTHER);
+    if let Some(counters) = counters(owner.slot, cpu) {
+        add_shared!(counters, execs, 1);
+    }
+    if wanted(Class::Exec, owner, Context::Process) {
+        // The third argument on every kernel so far; the sensor says so after looking at BTF.
+        let path = if layout!(arg_exec_binprm) == 2 && layout!(binprm_filename) != OFFSET_MISSING {
+            read::pointer(ctx.arg(2), layout!(binprm_filename))
+        } else {
+            None
+        };
+        emit_exec(owner, path);
+    }
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+pub(crate) fn process_fork(ctx: RawTracePointContext) -> i32 {
+    // (parent, child); charged to the parent's cgroup, where it happened.
+    let child: u64 = ctx.arg(1);
+    let (Some(pid), Some(tgid)) =
+        (read::at::<u32>(child, layout!(task_pid)), read::at::<u32>(child, layout!(task_tgid)))
+    else {
+        return 0;
+    };
+    if pid != tgid {
+        return 0;
+    }
+    let cpu = cpu();
+    let owner = cgroup::of_current(cpu, LANE_OTHER);
+    if let Some(counters) = counters(owner.slot, cpu) {
+        add_shared!(counters, forks, 1);
+    }
+    if wanted(Class::Fork, owner, Context::Process) {
+        emit(Class::Fork, owner, Context::Process, [u64::from(pid), 0]);
+    }
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub(crate) fn process_exit(_ctx: RawTracePointContext) -> i32 {
+    // SAFETY: the helper has no preconditions.
+    let pid_tgid = unsafe { bpf_get_current_pid_tgid() };
+    if pid_tgid as u32 != (pid_tgid >> 32) as u32 {
+        return 0;
+    }
+    let cpu = cpu();
+    let owner = cgroup::of_current(cpu, LANE_OTHER);
+    if let Some(counters) = counters(owner.slot, cpu) {
+        add_shared!(counters, exits, 1);
+    }
+    if wanted(Class::Exit, owner, Context::Process) {
+        let code = if layout!(task_exit_code) == ARG_MISSING {
+            None
+        } else {
+            // SAFETY: the helper has no preconditions.
+            read::at::<u32>(unsafe { bpf_get_current_task() }, layout!(task_exit_code))
+        };
+        emit(Class::Exit, owner, Context::Process, [u64::from(code.unwrap_or(0)), 0]);
+    }
+    0
+}

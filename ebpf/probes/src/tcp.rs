@@ -1,0 +1,94 @@
+//! TCP: connections opened and closed, every change of state, resets sent and received.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use warmswap_events::{Class, OFFSET_MISSING};
+
+use crate::cgroup;
+use crate::emit::{Context, emit, wanted};
+use crate::maps::{add_shared, counters, cpu, layout};
+use crate::read;
+
+const PROTOCOL_TCP: u16 = 6;
+
+const ESTABLISHED: u32 = 1;
+const SYN_SENT: u32 = 2;
+const SYN_RECV: u32 = 3;
+const TIME_WAIT: u32 = 6;
+const CLOSE: u32 = 7;
+const LISTEN: u32 = 10;
+const NEW_SYN_RECV: u32 = 12;
+
+#[raw_tracepoint(tracepoint = "inet_sock_set_state")]
+pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
+    let sock: u64 = ctx.arg(0);
+    if layout!(sock_protocol) != OFFSET_MISSING
+        && read::at::<u16>(sock, layout!(sock_protocol)).is_some_and(|protocol| protocol != PROTOCOL_TCP)
+    {
+        return 0;
+    }
+    let (old, new) = (ctx.arg::<u32>(1), ctx.arg::<u32>(2));
+    let cpu = cpu();
+    let owner = cgroup::of_sock(cpu, sock);
+    if let Some(counters) = counters(owner.slot, cpu) {
+        if new == ESTABLISHED {
+            add_shared!(counters, tcp_opened, 1);
+        } else if new == CLOSE
+            && old != CLOSE
+            && old != LISTEN
+            && old != SYN_SENT
+            && old != SYN_RECV
+            && old != NEW_SYN_RECV
+        {
+            add_shared!(counters, tcp_closed, 1);
+        }
+    }
+    if wanted(Class::Tcp, owner, Context::Any) {
+        emit(Class::Tcp, owner, Context::Any, [u64::from((old << 8) | (new & 0xff)), ports(sock)]);
+    }
+    0
+}
+
+#[raw_tracepoint(tracepoint = "tcp_send_reset")]
+pub(crate) fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
+    // Null when the reset answers a packet that belongs to no socket.
+    reset(ctx.arg(0), true)
+}
+
+#[raw_tracepoint(tracepoint = "tcp_receive_reset")]
+pub(crate) fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
+    reset(ctx.arg(0), false)
+}
+
+#[inline(always)]
+fn reset(sock: u64, sent: bool) -> i32 {
+    if sock == 0 {
+        return 0;
+    }
+    // Sockets in these two states are smaller objects without a cgroup.
+    match read::at::<u8>(sock, layout!(sock_state)).map(u32::from) {
+        None | Some(TIME_WAIT | NEW_SYN_RECV) => return 0,
+        Some(_) => {}
+    }
+    let cpu = cpu();
+    let owner = cgroup::of_sock(cpu, sock);
+    if let Some(counters) = counters(owner.slot, cpu) {
+        if sent {
+            add_shared!(counters, tcp_resets, 1);
+        } else {
+            add_shared!(counters, tcp_resets_received, 1);
+        }
+    }
+    if wanted(Class::TcpReset, owner, Context::Any) {
+        emit(Class::TcpReset, owner, Context::Any, [if sent { 1 } else { 2 }, ports(sock)]);
+    }
+    0
+}
+
+/// local << 16 | remote
+#[inline(always)]
+fn ports(sock: u64) -> u64 {
+    let local = read::at::<u16>(sock, layout!(sock_port_local)).unwrap_or(0);
+    let remote = read::at::<u16>(sock, layout!(sock_port_remote)).unwrap_or(0);
+    (u64::from(local) << 16) | u64::from(u16::from_be(remote))
+}

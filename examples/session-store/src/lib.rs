@@ -1,0 +1,67 @@
+//! A store for sessions that speaks the Redis protocol and can be updated while it serves: the example of a service that
+//! cooperates fully with warmswap. State lives in a [`ResidentMap`](warmswap_sdk::transfer::map::ResidentMap), established
+//! connections move with their half-read requests and half-sent replies.
+//!
+//! Three programs are built from it, to be updated into one another:
+//!
+//! * `session-store-v1`;
+//! * `session-store-v2`: one command more (`GETDEL`) and one field more in each record (when it was written last, shown by
+//!   `OBJECT IDLETIME`), readable by v1, see [`record`];
+//! * `session-store-v3`: v2 with a mistake in it: every command that touches data blocks for 0.4 ms.
+//!
+//! Not here: persistence on disk, replication, any data type but strings.
+
+mod commands;
+mod connection;
+mod epoll;
+pub mod record;
+pub mod resp;
+mod server;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Context;
+use warmswap_sdk::transfer::log::LogConfig;
+use warmswap_sdk::transfer::map::ResidentMap;
+use warmswap_sdk::{Service, is_supervised};
+
+use crate::record::{SCHEMA, Session};
+
+/// Where the store listens when nobody passes it a listener and no address is given.
+const ADDRESS_DEFAULT: &str = "127.0.0.1:6380";
+
+/// What distinguishes the three programs.
+#[derive(Debug, Clone, Copy)]
+pub struct Edition {
+    pub version: &'static str,
+    /// Knows `GETDEL` and `OBJECT`, and writes the time of the last write into each record.
+    pub second: bool,
+    /// How long every command on data blocks.
+    pub delay: Duration,
+}
+
+impl Edition {
+    pub const V1: Self = Self { version: "1.0.0", second: false, delay: Duration::ZERO };
+    pub const V2: Self = Self { version: "2.0.0", second: true, delay: Duration::ZERO };
+    pub const V3: Self = Self { version: "3.0.0", second: true, delay: Duration::from_micros(400) };
+}
+
+/// Runs until the process is told to end: as part of a warmswap service, with the listeners of `LISTEN_FDS`, or alone on the
+/// address that is the first argument.
+///
+/// # Errors
+/// When the environment, the address or the memory cannot be used.
+pub fn run(edition: Edition) -> anyhow::Result<()> {
+    let signal = server::termination_signals().context("cannot receive signals")?;
+    let state = ResidentMap::<Session>::new(LogConfig::new(SCHEMA)).context("cannot prepare the state")?;
+    let service = if is_supervised() || std::env::var_os("LISTEN_FDS").is_some() {
+        warmswap_sdk::join(state).context("cannot join the service")?
+    } else {
+        let text = std::env::args().nth(1).unwrap_or_else(|| ADDRESS_DEFAULT.to_owned());
+        let address: SocketAddr =
+            text.parse().with_context(|| format!("{text:?} is no address like {ADDRESS_DEFAULT}"))?;
+        Service::standalone(state, &[("resp", address)])?
+    };
+    server::Server::new(service, edition, signal)?.run()
+}

@@ -1,0 +1,140 @@
+//! What travels between `warmswap` on the command line and the agent: HTTP with JSON over a unix socket that only
+//! root can open. Long answers (an update, a trace) are one JSON document a line, as it happens.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /v1/status` | [`AgentStatus`] |
+//! | `POST /v1/services` [`RunRequest`] | [`ServiceStatus`] |
+//! | `POST /v1/services/NAME/update` [`UpdateRequest`] | lines of [`UpdateLine`] |
+//! | `POST /v1/services/NAME/rollback` | lines of [`UpdateLine`] |
+//! | `POST /v1/services/NAME/stop` | `{}` |
+//! | `POST /v1/stop` | `{}`, then the agent ends |
+//! | `GET /v1/services/NAME/forecast` | [`ForecastAnswer`] |
+//! | `GET /v1/services/NAME/history` | `[HandoverReport]`, oldest first |
+//! | `GET /v1/services/NAME/windows?seconds=N` | `[FeatureWindow]`, oldest first |
+//! | `GET /v1/trace` | lines of [`TraceLine`] |
+//! | `GET /metrics` | Prometheus text |
+//!
+//! Errors: a 4xx or 5xx status with [`ApiError`].
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+pub use warmswap_forecast::{ForecastReport, LstmState};
+pub use warmswap_handover::{MemberStatus, Progress, Role};
+use warmswap_model::{DemandVector, FeatureWindow, Generation, HandoverReport, PerResource, ServiceName};
+use warmswap_policy::TunerReport;
+
+/// File in the run folder that an agent holds locked as long as it lives.
+pub const LOCK_NAME: &str = "agent.lock";
+/// File name of the API socket in the run folder.
+pub const SOCKET_NAME: &str = "agent.sock";
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ApiError {
+    pub error: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentStatus {
+    pub version: String,
+    pub pid: u32,
+    pub uptime_s: f64,
+    pub backend: String,
+    pub services: Vec<ServiceStatus>,
+    pub probes_attached: usize,
+    /// Name and reason of every probe that is off.
+    pub probes_off: Vec<(String, String)>,
+    pub events: Vec<EventAccount>,
+}
+
+/// `emitted = consumed + discarded + dropped`, per class.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventAccount {
+    pub class: String,
+    pub emitted: u64,
+    pub consumed: u64,
+    pub discarded: u64,
+    pub dropped: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    pub name: ServiceName,
+    pub owner: Option<Generation>,
+    pub image: String,
+    pub previous_image: Option<String>,
+    pub generations: Vec<MemberStatus>,
+    /// Name and address.
+    pub listeners: Vec<(String, String)>,
+    /// What it does now, if it is not just serving.
+    pub activity: Option<String>,
+    pub trouble: Option<String>,
+    pub usage: PerResource<f64>,
+    pub requests_per_s: f64,
+    pub p99_us: Option<f64>,
+    pub handovers: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunRequest {
+    /// Where the service file lies, for errors and relative image paths.
+    pub path: PathBuf,
+    pub text: String,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct UpdateRequest {
+    /// The new image; without it, the image the service runs now.
+    pub image: Option<PathBuf>,
+    /// A changed service file: its image and settings hold from this handover on.
+    pub file: Option<RunRequest>,
+    /// For demonstrations and tests: break something on purpose.
+    pub fault: Option<Fault>,
+}
+
+/// A fault that is injected when a phase begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fault {
+    /// SIGKILL to the shadow as SYNC begins.
+    KillShadowInSync,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateLine {
+    Progress(Progress),
+    Report(Box<HandoverReport>),
+    Error(String),
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ForecastAnswer {
+    pub service: ServiceName,
+    pub demand: Option<DemandVector>,
+    pub report: Option<ForecastReport>,
+    /// The last minutes, oldest first, for a plot.
+    pub recent: Vec<FeatureWindow>,
+    /// What was forecast for the recent windows, by the time it was forecast for.
+    pub bands: Vec<Band>,
+    /// Why the reservation percentages are what they are.
+    pub tuner: Vec<TunerReport>,
+}
+
+/// A forecast whose time has come, beside what happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Band {
+    pub unix_ms: u64,
+    pub demand: DemandVector,
+    /// In the same terms as the forecast (see `DemandVector`).
+    pub actual: PerResource<f64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TraceLine {
+    /// Known when the event belongs to a service.
+    pub service: Option<ServiceName>,
+    pub generation: Option<Generation>,
+    pub event: warmswap_sensor::Event,
+}

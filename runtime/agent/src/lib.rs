@@ -1,0 +1,35 @@
+//! The supervisor of a host: wires probes, history, forecast, policy and handovers, and serves the API.
+//!
+//! ```text
+//!  svc-NAME   one thread per service: owns its supervisor, runs its handovers      (service, conditions)
+//!  tick       once a second: windows, history, forecast, triggers                  (tick, observatory)
+//!  train      SCHED_IDLE: trains the LSTM from history                             (trainer)
+//!  marks      handover marks from the sensor's urgent ring                         (observatory)
+//!  tokio      the API on a unix socket                                             (http, api, metrics)
+//! ```
+//!
+//! Not here: how a handover goes (`handover`), what is decided (`policy`), what a container is (`backend`).
+
+pub mod api;
+mod clock;
+mod conditions;
+mod http;
+mod memory_latency;
+mod metrics;
+mod observatory;
+mod random;
+mod service;
+mod shared;
+mod start;
+mod tick;
+mod trainer;
+
+pub use shared::{AgentConfig, AgentError};
+pub use start::run;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks; a panic elsewhere while it was held does not stop the agent: all our data stays consistent between lines.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,339 @@
+//! What is known about the services right now: fine-grained measurements for VERIFY, one-second windows for the
+//! forecast, handover marks for the blackout.
+//!
+//! The probes count; [`Observatory::poll`] reads the counts and cuts time at that instant. A tick is a cut like any other,
+//! so a measurement can begin and end between ticks without taking anything from the windows.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use warmswap_model::{
+    Blackout, CgroupId, FeatureWindow, Generation, LatencyHistogram, Measurements, PerResource, ProbeCounts,
+    ServiceName,
+};
+use warmswap_sensor::{Mark, Sensor};
+
+use crate::clock::unix_ms;
+use crate::lock;
+
+/// Slices of a service are kept this long, for "before".
+const SLICES_KEPT: Duration = Duration::from_secs(60);
+/// One-second windows of a service kept at hand, for plots.
+const WINDOWS_KEPT: usize = 900;
+const MARKS_KEPT: usize = 1024;
+/// How long a mark may take from the kernel to here.
+const MARK_DELAY_MAX: Duration = Duration::from_millis(100);
+/// A slice belongs to a measurement when it began at most this long before it.
+const CUT_TOLERANCE: Duration = Duration::from_millis(5);
+
+/// The marks of the SDK (see `warmswap-sdk`).
+const MARK_STOPPED: u32 = 1;
+const MARK_SERVING: u32 = 2;
+
+/// Which cgroups make up a service.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Cgroups {
+    /// Owns the sockets: network and request latency.
+    pub(crate) ground: Option<CgroupId>,
+    pub(crate) owner: Option<CgroupId>,
+    pub(crate) generations: Vec<(Generation, CgroupId)>,
+}
+
+impl Cgroups {
+    fn all(&self) -> impl Iterator<Item = CgroupId> + '_ {
+        self.ground.into_iter().chain(self.generations.iter().map(|(_, cgroup)| *cgroup))
+    }
+}
+
+/// What a service did between two cuts.
+#[derive(Debug, Clone)]
+struct Slice {
+    from: Instant,
+    to: Instant,
+    counts: ProbeCounts,
+    latency: LatencyHistogram,
+    disk_mb: f64,
+}
+
+#[derive(Debug, Default)]
+struct Watched {
+    cgroups: Cgroups,
+    slices: VecDeque<Slice>,
+    /// Since the last tick.
+    pending: Vec<Slice>,
+    windows: VecDeque<FeatureWindow>,
+    memory_mb: f64,
+}
+
+struct Inner {
+    sensor: Option<Sensor>,
+    last_cut: Instant,
+    services: BTreeMap<ServiceName, Watched>,
+}
+
+pub(crate) struct Observatory {
+    inner: Mutex<Inner>,
+    marks: Mutex<VecDeque<Mark>>,
+}
+
+impl Observatory {
+    pub(crate) fn new(sensor: Option<Sensor>) -> Self {
+        let inner = Inner { sensor, last_cut: Instant::now(), services: BTreeMap::new() };
+        Self { inner: Mutex::new(inner), marks: Mutex::new(VecDeque::new()) }
+    }
+
+    pub(crate) fn with_sensor<T>(&self, read: impl FnOnce(&mut Sensor) -> T) -> Option<T> {
+        lock(&self.inner).sensor.as_mut().map(read)
+    }
+
+    pub(crate) fn note_mark(&self, mark: Mark) {
+        let mut marks = lock(&self.marks);
+        if marks.len() == MARKS_KEPT {
+            marks.pop_front();
+        }
+        marks.push_back(mark);
+    }
+
+    /// Which cgroups count for a service from now on.
+    pub(crate) fn watch(&self, service: &ServiceName, cgroups: Cgroups) {
+        let mut inner = lock(&self.inner);
+        let Inner { sensor, services, .. } = &mut *inner;
+        let watched = services.entry(service.clone()).or_default();
+        if watched.cgroups == cgroups {
+            return;
+        }
+        if let Some(sensor) = sensor {
+            watched
+                .cgroups
+                .all()
+                .filter(|old| !cgroups.all().any(|new| new == *old))
+                .for_each(|old| sensor.unwatch(old));
+            for new in cgroups.all() {
+                if let Err(error) = sensor.watch(new) {
+                    tracing::warn!("{service} is not fully watched: {error}");
+                }
+            }
+        }
+        watched.cgroups = cgroups;
+    }
+
+    pub(crate) fn forget(&self, service: &ServiceName) {
+        let mut inner = lock(&self.inner);
+        let Inner { sensor, services, .. } = &mut *inner;
+        if let (Some(watched), Some(sensor)) = (services.remove(service), sensor) {
+            watched.cgroups.all().for_each(|cgroup| sensor.unwatch(cgroup));
+        }
+    }
+
+    /// The service and generation a cgroup belongs to.
+    pub(crate) fn whose(&self, cgroup: CgroupId) -> Option<(ServiceName, Option<Generation>)> {
+        let inner = lock(&self.inner);
+        inner.services.iter().find_map(|(name, watched)| {
+            let generation = watched.cgroups.generations.iter().find(|(_, of)| *of == cgroup);
+            match generation {
+                Some((generation, _)) => Some((name.clone(), Some(*generation))),
+                None if watched.cgroups.ground == Some(cgroup) => Some((name.clone(), None)),
+                None => None,
+            }
+        })
+    }
+
+    /// Reads the counts and cuts time here.
+    fn poll(inner: &mut Inner) {
+        let now = Instant::now();
+        let from = std::mem::replace(&mut inner.last_cut, now);
+        let windows = inner.sensor.as_mut().map(Sensor::windows).unwrap_or_default();
+        let by_cgroup: BTreeMap<CgroupId, FeatureWindow> =
+            windows.into_iter().map(|window| (window.cgroup, window)).collect();
+        for watched in inner.services.values_mut() {
+            let mut slice = Slice {
+                from,
+                to: now,
+                counts: ProbeCounts::default(),
+                latency: LatencyHistogram::default(),
+                disk_mb: 0.0,
+            };
+            if let Some(ground) = watched.cgroups.ground.and_then(|cgroup| by_cgroup.get(&cgroup)) {
+                add_network(&mut slice.counts, &ground.counts);
+                slice.latency.add(&ground.request_latency);
+            }
+            if let Some(owner) = watched.cgroups.owner.and_then(|cgroup| by_cgroup.get(&cgroup)) {
+                add_work(&mut slice.counts, &owner.counts);
+                add_network(&mut slice.counts, &owner.counts);
+                slice.latency.add(&owner.request_latency);
+                slice.disk_mb = owner.usage.disk * f64::from(owner.length_ms) / 1e3;
+            }
+            watched.slices.push_back(slice.clone());
+            watched.pending.push(slice);
+            while watched.slices.front().is_some_and(|first| now.duration_since(first.to) > SLICES_KEPT) {
+                watched.slices.pop_front();
+            }
+        }
+    }
+
+    /// The service over the last `length`; `None` when it is not watched or there are no probes.
+    pub(crate) fn measure(&self, service: &ServiceName, length: Duration) -> Option<Measurements> {
+        let mut inner = lock(&self.inner);
+        inner.sensor.as_ref()?;
+        Self::poll(&mut inner);
+        let watched = inner.services.get(service)?;
+        let since = Instant::now().checked_sub(length + CUT_TOLERANCE)?;
+        let slices: Vec<&Slice> = watched.slices.iter().filter(|slice| slice.from >= since).collect();
+        let (first, last) = (slices.first()?, slices.last()?);
+        let seconds = last.to.duration_since(first.from).as_secs_f64();
+        if seconds <= 0.0 {
+            return None;
+        }
+        let (counts, latency, disk_mb) = sum(slices.iter().copied());
+        let us = |q| latency.quantile_ns(q).map(|ns| ns as f64 / 1e3);
+        Some(Measurements {
+            seconds,
+            requests: latency.count(),
+            p50_us: us(0.5),
+            p99_us: us(0.99),
+            requests_per_s: latency.count() as f64 / seconds,
+            tcp_resets: counts.tcp_resets,
+            usage: usage(&counts, disk_mb, watched.memory_mb, seconds),
+            memory_latency_ns: None,
+        })
+    }
+
+    /// Ends the present one-second window of every service. `memory_mb` knows the memory of a service.
+    pub(crate) fn tick(&self, memory_mb: impl Fn(&ServiceName) -> Option<f64>) -> Vec<(ServiceName, FeatureWindow)> {
+        let names: Vec<ServiceName> = lock(&self.inner).services.keys().cloned().collect();
+        let memory: BTreeMap<ServiceName, Option<f64>> =
+            names.into_iter().map(|name| (name.clone(), memory_mb(&name))).collect();
+        let end_unix_ms = unix_ms();
+        let mut inner = lock(&self.inner);
+        Self::poll(&mut inner);
+        let mut ended = Vec::with_capacity(inner.services.len());
+        for (name, watched) in &mut inner.services {
+            let slices = std::mem::take(&mut watched.pending);
+            let (Some(first), Some(last)) = (slices.first(), slices.last()) else { continue };
+            let seconds = last.to.duration_since(first.from).as_secs_f64();
+            let Some(cgroup) = watched.cgroups.owner.or(watched.cgroups.ground).filter(|_| seconds > 0.0) else {
+                continue;
+            };
+            watched.memory_mb = memory.get(name).copied().flatten().unwrap_or(watched.memory_mb);
+            let (counts, latency, disk_mb) = sum(slices.iter());
+            let window = FeatureWindow {
+                cgroup,
+                end_unix_ms,
+                length_ms: (seconds * 1e3).round().clamp(1.0, f64::from(u32::MAX)) as u32,
+                usage: usage(&counts, disk_mb, watched.memory_mb, seconds),
+                counts,
+                request_latency: latency,
+            };
+            if watched.windows.len() == WINDOWS_KEPT {
+                watched.windows.pop_front();
+            }
+            watched.windows.push_back(window.clone());
+            ended.push((name.clone(), window));
+        }
+        ended
+    }
+
+    /// The newest windows of a service, oldest first.
+    pub(crate) fn windows(&self, service: &ServiceName, most: usize) -> Vec<FeatureWindow> {
+        let inner = lock(&self.inner);
+        let Some(watched) = inner.services.get(service) else { return Vec::new() };
+        let skip = watched.windows.len().saturating_sub(most);
+        watched.windows.iter().skip(skip).cloned().collect()
+    }
+
+    /// From the stop mark of `from` to the serve mark of `to`. Marks count only from the cgroup of the generation they
+    /// name, so that no service can speak for another.
+    pub(crate) fn blackout(
+        &self,
+        service: &ServiceName,
+        handover: u64,
+        from: Generation,
+        to: Generation,
+    ) -> Option<Blackout> {
+        let cgroup_of = |generation: Generation| {
+            let inner = lock(&self.inner);
+            let generations = &inner.services.get(service)?.cgroups.generations;
+            generations.iter().find(|(of, _)| *of == generation).map(|(_, cgroup)| *cgroup)
+        };
+        let (from_cgroup, to_cgroup) = (cgroup_of(from), cgroup_of(to));
+        lock(&self.inner).sensor.as_ref()?;
+        let deadline = Instant::now() + MARK_DELAY_MAX;
+        loop {
+            {
+                let marks = lock(&self.marks);
+                let last = |kind: u32, generation: Generation, cgroup: Option<CgroupId>| {
+                    marks.iter().rev().find(|mark| {
+                        mark.mark == kind
+                            && mark.handover == handover
+                            && mark.generation == generation.0
+                            && cgroup.is_none_or(|cgroup| mark.cgroup == cgroup)
+                    })
+                };
+                if let (Some(stopped), Some(serving)) =
+                    (last(MARK_STOPPED, from, from_cgroup), last(MARK_SERVING, to, to_cgroup))
+                    && let Some(ns) = serving.time_ns.checked_sub(stopped.time_ns)
+                {
+                    return Some(Blackout { us: ns as f64 / 1e3, measured_in_kernel: true });
+                }
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn sum<'a>(slices: impl Iterator<Item = &'a Slice>) -> (ProbeCounts, LatencyHistogram, f64) {
+    let mut counts = ProbeCounts::default();
+    let mut latency = LatencyHistogram::default();
+    let mut disk_mb = 0.0;
+    for slice in slices {
+        add_work(&mut counts, &slice.counts);
+        add_network(&mut counts, &slice.counts);
+        latency.add(&slice.latency);
+        disk_mb += slice.disk_mb;
+    }
+    (counts, latency, disk_mb)
+}
+
+fn usage(counts: &ProbeCounts, disk_mb: f64, memory_mb: f64, seconds: f64) -> PerResource<f64> {
+    PerResource {
+        cpu: counts.run_ns as f64 / 1e7 / seconds,
+        memory: memory_mb,
+        network: (counts.rx_bytes + counts.tx_bytes) as f64 * 8.0 / 1e6 / seconds,
+        disk: disk_mb / seconds,
+    }
+}
+
+/// What is accounted to the cgroup that owns the socket.
+fn add_network(to: &mut ProbeCounts, from: &ProbeCounts) {
+    to.rx_packets += from.rx_packets;
+    to.rx_bytes += from.rx_bytes;
+    to.tx_packets += from.tx_packets;
+    to.tx_bytes += from.tx_bytes;
+    to.tcp_opened += from.tcp_opened;
+    to.tcp_closed += from.tcp_closed;
+    to.tcp_resets += from.tcp_resets;
+    to.tcp_resets_received += from.tcp_resets_received;
+}
+
+/// What is accounted to the cgroup of the process that did it.
+fn add_work(to: &mut ProbeCounts, from: &ProbeCounts) {
+    to.execs += from.execs;
+    to.forks += from.forks;
+    to.exits += from.exits;
+    to.oom_kills += from.oom_kills;
+    to.syscalls += from.syscalls;
+    to.reads += from.reads;
+    to.read_bytes += from.read_bytes;
+    to.writes += from.writes;
+    to.write_bytes += from.write_bytes;
+    to.block_requests += from.block_requests;
+    to.block_bytes += from.block_bytes;
+    to.block_sequential += from.block_sequential;
+    to.tty_inputs += from.tty_inputs;
+    to.run_ns += from.run_ns;
+    to.page_faults += from.page_faults;
+}

@@ -1,0 +1,143 @@
+//! What all generations of a service share: its network namespace and its listeners.
+//!
+//! Made by a short-lived helper process, because both belong to whoever makes them: a socket remembers the cgroup and the
+//! network namespace it was created in, and so do the connections accepted from it.
+//!
+//! Listeners are non-blocking (several generations wait for the same queue, so whoever is woken may find nothing),
+//! have `SO_REUSEADDR`, and are close-on-exec everywhere but in the container they are passed to.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, listen, setsockopt,
+    socket, sockopt,
+};
+use warmswap_model::{Listen, Network};
+
+use super::wire::{Channel, FDS_MAX, GroundReply, GroundRequest};
+
+/// `struct ifreq` with flags, as SIOCGIFFLAGS and SIOCSIFFLAGS take it; padded to the kernel's size.
+#[repr(C)]
+struct InterfaceFlags {
+    name: [u8; libc::IFNAMSIZ],
+    flags: i16,
+    padding: [u8; 22],
+}
+
+/// Entry of the helper process. The request comes over standard input.
+pub(crate) fn main() -> Result<(), String> {
+    let agent = super::shim::take_boot_channel().map_err(|error| format!("cannot take the channel: {error}"))?;
+    let (request, _): (GroundRequest, _) = agent.expect().map_err(|error| format!("no request: {error}"))?;
+    if let Err(reply) = work(&agent, &request) {
+        agent.send(&reply, &[]).map_err(|error| format!("cannot answer: {error}"))?;
+    }
+    Ok(())
+}
+
+fn work(agent: &Channel, request: &GroundRequest) -> Result<(), GroundReply> {
+    let failed = |what: String| {
+        move |error: &dyn std::fmt::Display| GroundReply::Failed { problem: format!("cannot {what}: {error}") }
+    };
+    if !request.listen.is_empty() {
+        fs::write(&request.cgroup_procs, "0")
+            .map_err(|error| failed(format!("join the cgroup {}", request.cgroup_procs.display()))(&error))?;
+    }
+    let mut listeners: Vec<(String, OwnedFd)> = Vec::with_capacity(request.listen.len());
+    let mut open = |network| -> Result<(), GroundReply> {
+        for (name, wanted) in request.listen.iter().filter(|(_, wanted)| wanted.network == network) {
+            let fd = open_listener(wanted)
+                .map_err(|errno| GroundReply::Listen { name: name.clone(), errno: errno as i32 })?;
+            listeners.push((name.clone(), fd));
+        }
+        Ok(())
+    };
+    open(Network::Host)?;
+    enter_netns(&request.netns)
+        .map_err(|error| failed(format!("make the network namespace {}", request.netns.display()))(&error))?;
+    open(Network::Service)?;
+    let mut chunks = listeners.chunks(FDS_MAX).peekable();
+    loop {
+        let chunk = chunks.next().unwrap_or_default();
+        let last = chunks.peek().is_none();
+        let reply = GroundReply::Listeners { names: chunk.iter().map(|(name, _)| name.clone()).collect(), last };
+        let fds: Vec<_> = chunk.iter().map(|(_, fd)| fd.as_fd()).collect();
+        agent.send(&reply, &fds).map_err(|error| failed("pass the listeners on".into())(&error))?;
+        if last {
+            return Ok(());
+        }
+    }
+}
+
+fn open_listener(wanted: &Listen) -> Result<OwnedFd, Errno> {
+    let family = if wanted.address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    if wanted.address.is_ipv6() {
+        // `[::]` shall not take 0.0.0.0 away from another listener.
+        setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(wanted.address))?;
+    // The kernel cuts it to net.core.somaxconn.
+    listen(&fd, Backlog::new(i32::try_from(wanted.backlog).unwrap_or(i32::MAX)).unwrap_or(Backlog::MAXCONN))?;
+    Ok(fd)
+}
+
+/// Whether a descriptor is a listener for this address.
+pub(crate) fn listens_on(fd: BorrowedFd<'_>, wanted: SocketAddr) -> bool {
+    let Ok(bound) = getsockname::<SockaddrStorage>(fd.as_raw_fd()) else { return false };
+    let bound: Option<SocketAddr> = bound
+        .as_sockaddr_in()
+        .map(|v4| SocketAddr::from(*v4))
+        .or_else(|| bound.as_sockaddr_in6().map(|v6| SocketAddr::from(*v6)));
+    // Port 0 is "any": it was chosen when the listener was opened.
+    is_listener(fd)
+        && bound.is_some_and(|bound| bound.ip() == wanted.ip() && (bound.port() == wanted.port() || wanted.port() == 0))
+}
+
+pub(crate) fn is_listener(fd: BorrowedFd<'_>) -> bool {
+    getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false)
+}
+
+/// Enters the network namespace, or makes it: loopback up, bound to the path so that it outlives this process.
+fn enter_netns(path: &Path) -> io::Result<()> {
+    if is_netns(path) {
+        setns(fs::File::open(path)?, CloneFlags::CLONE_NEWNET)?;
+        return Ok(());
+    }
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    loopback_up()?;
+    mount(Some("/proc/self/ns/net"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    Ok(())
+}
+
+/// Whether a namespace is mounted there.
+pub(crate) fn is_netns(path: &Path) -> bool {
+    nix::sys::statfs::statfs(path).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
+}
+
+fn loopback_up() -> io::Result<()> {
+    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut request = InterfaceFlags { name: [0; libc::IFNAMSIZ], flags: 0, padding: [0; 22] };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: a socket and a pointer to a struct of the size and layout of ifreq, alive during the call.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCGIFFLAGS as _, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    request.flags |= i16::try_from(libc::IFF_UP).unwrap_or(1);
+    // SAFETY: as above.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,243 @@
+//! The forecaster: every tick steps all profiles in one batch.
+
+use std::collections::HashMap;
+
+use warmswap_model::{Champion, DemandVector, FeatureWindow, PerResource, Quantiles, Resource, ServiceName};
+
+use crate::lstm::{Batch, ModelWeights, Network};
+use crate::profile::{CANDIDATES, LSTM, Profile};
+use crate::report::{CandidateReport, ForecastReport, LstmState, ResourceReport, TrainedReport};
+use crate::{ForecastConfig, ImportError, file};
+
+/// Forecasts the demand of many services over one horizon. Time and windows come in as arguments; nothing else is
+/// read, so a recording replays to the same forecasts.
+#[derive(Debug, Clone)]
+pub struct Forecaster {
+    config: ForecastConfig,
+    slots: HashMap<ServiceName, usize>,
+    profiles: Vec<Profile>,
+    model: Option<(ModelWeights, Network)>,
+    batch: Batch,
+    /// Profiles of this tick, kept between ticks for its memory.
+    active: Vec<usize>,
+}
+
+impl Forecaster {
+    #[must_use]
+    pub fn new(config: ForecastConfig) -> Self {
+        Self {
+            config: config.sane(),
+            slots: HashMap::new(),
+            profiles: Vec::new(),
+            model: None,
+            batch: Batch::default(),
+            active: Vec::new(),
+        }
+    }
+
+    #[must_use]
+    pub fn config(&self) -> &ForecastConfig {
+        &self.config
+    }
+
+    /// One tick at `tick_unix_ms`: takes each service's window in, scores the forecasts that came due, and makes new
+    /// ones. A service is named at most once per tick; a second window counts as a duplicate. Allocates nothing unless
+    /// a service is new.
+    pub fn observe(&mut self, tick_unix_ms: u64, windows: &[(ServiceName, &FeatureWindow)]) {
+        self.active.clear();
+        for (service, window) in windows {
+            let slot = match self.slots.get(service) {
+                Some(slot) => *slot,
+                None => {
+                    let slot = self.profiles.len();
+                    self.profiles.push(Profile::new(&self.config));
+                    self.slots.insert(service.clone(), slot);
+                    slot
+                }
+            };
+            if self.profiles[slot].begin(tick_unix_ms, window, &self.config) {
+                self.active.push(slot);
+            }
+        }
+        if let Some((_, network)) = &self.model {
+            self.batch.resize(self.active.len());
+            for (row, slot) in self.active.iter().enumerate() {
+                let profile = &self.profiles[*slot];
+                self.batch.set(row, &profile.inputs, &profile.hidden, &profile.cell);
+            }
+            network.step(&mut self.batch);
+        }
+        for (row, slot) in self.active.iter().enumerate() {
+            let profile = &mut self.profiles[*slot];
+            if self.model.is_some() {
+                profile.hidden.copy_from_slice(self.batch.hidden(row));
+                profile.cell.copy_from_slice(self.batch.cell(row));
+                profile.finish(Some(self.batch.raw(row)), &self.config);
+            } else {
+                profile.finish(None, &self.config);
+            }
+        }
+    }
+
+    /// What the service is expected to need over the horizon that began with its newest window. `None` for a service
+    /// that was never observed, and after an import until its first window.
+    #[must_use]
+    pub fn demand(&self, service: &ServiceName) -> Option<DemandVector> {
+        let profile = &self.profiles[*self.slots.get(service)?];
+        let issued = profile.latest()?;
+        let at = |resource: Resource| resource as usize;
+        Some(DemandVector {
+            horizon_s: self.config.horizon_steps as f64 * self.config.step_ms as f64 / 1e3,
+            quantiles: PerResource::from_fn(|r| issued.given[at(r)].served()),
+            champion: PerResource::from_fn(|r| CANDIDATES[issued.given[at(r)].champion]),
+            coverage90: PerResource::from_fn(|r| profile.coverage(at(r))),
+            confidence: profile.confidence(),
+        })
+    }
+
+    /// The same with what lies behind it: every candidate's band, loss and coverage, and why the champion is one.
+    #[must_use]
+    pub fn explain(&self, service: &ServiceName) -> Option<ForecastReport> {
+        let profile = &self.profiles[*self.slots.get(service)?];
+        let issued = profile.latest()?;
+        let resources = PerResource::from_fn(|resource| {
+            let at = resource as usize;
+            let given = &issued.given[at];
+            let candidates = CANDIDATES
+                .iter()
+                .enumerate()
+                .filter(|(who, champion)| {
+                    // The LSTM is shown once, as the one of its two forms that has the lower loss or serves.
+                    let loss = |who: usize| profile.tracker(at, who).loss().unwrap_or(f64::MAX);
+                    let better = if CANDIDATES[given.champion] == Champion::Lstm {
+                        given.champion
+                    } else if loss(LSTM + 1) < loss(LSTM) {
+                        LSTM + 1
+                    } else {
+                        LSTM
+                    };
+                    **champion != Champion::Lstm || *who == better
+                })
+                .map(|(who, champion)| {
+                    let tracker = profile.tracker(at, who);
+                    CandidateReport {
+                        candidate: *champion,
+                        band: given.gave(who).then(|| Quantiles::from_levels(given.bands[who])),
+                        loss: tracker.loss(),
+                        coverage90: tracker.coverage(),
+                        scored: tracker.scored,
+                        may_serve: given.gave(who) && (who == 0 || tracker.scored >= self.config.evidence_min),
+                    }
+                })
+                .collect();
+            ResourceReport::new(
+                resource,
+                profile.last_value(at),
+                given.served(),
+                CANDIDATES[given.champion],
+                candidates,
+                profile.coverage(at),
+            )
+        });
+        let scored = profile.tracker(0, LSTM).scored;
+        let lstm = match &self.model {
+            None => LstmState::NotTrained,
+            Some(_) if scored < self.config.evidence_min => {
+                LstmState::Proving { scored, needed: self.config.evidence_min }
+            }
+            Some(_) => LstmState::Competes,
+        };
+        Some(ForecastReport {
+            service: service.clone(),
+            horizon_s: self.config.horizon_steps as f64 * self.config.step_ms as f64 / 1e3,
+            samples: profile.samples,
+            irregular: profile.irregular,
+            confidence: profile.confidence(),
+            lstm,
+            trained: self.model.as_ref().map(|(weights, _)| TrainedReport {
+                steps: weights.steps,
+                until_unix_ms: weights.trained_until_unix_ms,
+                validation: weights.validation,
+            }),
+            resources,
+        })
+    }
+
+    /// Puts new weights to work. Their state is filled from the last inputs of every profile. They serve a series only
+    /// after `evidence_min` of their own forecasts were compared with what came; weights that were trained on from those
+    /// that are installed keep the record of these, because training returns nothing that was worse on held-out data.
+    pub fn install(&mut self, weights: ModelWeights) -> Result<(), ImportError> {
+        weights.check().map_err(|what| ImportError::BadContent { what: what.to_owned() })?;
+        let network = Network::new(&weights);
+        let continues = self.model.as_ref().is_some_and(|(now, _)| {
+            now.lineage == weights.lineage && now.steps <= weights.steps && weights.validation.is_no_worse()
+        });
+        for profile in &mut self.profiles {
+            profile.empty_state();
+            if !continues {
+                profile.forget_network();
+            }
+            self.batch.resize(1);
+            for step in 0..profile.replay_len() {
+                self.batch.set(0, profile.replay_inputs(step), &profile.hidden, &profile.cell);
+                network.step(&mut self.batch);
+                profile.hidden.copy_from_slice(self.batch.hidden(0));
+                profile.cell.copy_from_slice(self.batch.cell(0));
+            }
+        }
+        self.model = Some((weights, network));
+        Ok(())
+    }
+
+    /// The weights that are installed, to continue training from.
+    #[must_use]
+    pub fn weights(&self) -> Option<&ModelWeights> {
+        self.model.as_ref().map(|(weights, _)| weights)
+    }
+
+    /// Stops following a service.
+    pub fn forget(&mut self, service: &ServiceName) {
+        let Some(slot) = self.slots.remove(service) else { return };
+        self.profiles.swap_remove(slot);
+        let moved = self.profiles.len();
+        for at in self.slots.values_mut() {
+            if *at == moved {
+                *at = slot;
+            }
+        }
+    }
+
+    /// The services that are followed, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &ServiceName> {
+        self.slots.keys()
+    }
+
+    /// Memory held for all profiles, bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.profiles.iter().map(Profile::bytes).sum()
+    }
+
+    /// Weights, scalers, linear models and calibration of every service as one image (see [`crate::ImportError`] for
+    /// what is checked when it is read back).
+    #[must_use]
+    pub fn export(&self) -> Vec<u8> {
+        let mut services: Vec<(&ServiceName, &Profile)> =
+            self.slots.iter().map(|(service, slot)| (service, &self.profiles[*slot])).collect();
+        services.sort_by_key(|(service, _)| *service);
+        file::write(&self.config, self.model.as_ref().map(|(weights, _)| weights), &services)
+    }
+
+    /// Takes an image up. On an error nothing has changed and the baselines go on serving.
+    pub fn import(&mut self, image: &[u8]) -> Result<(), ImportError> {
+        let content = file::read(image, &self.config)?;
+        let model = content.weights.map(|weights| {
+            let network = Network::new(&weights);
+            (weights, network)
+        });
+        self.slots = content.services.iter().enumerate().map(|(slot, (name, _))| (name.clone(), slot)).collect();
+        self.profiles = content.services.into_iter().map(|(_, profile)| profile).collect();
+        self.model = model;
+        Ok(())
+    }
+}

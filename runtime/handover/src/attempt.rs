@@ -1,0 +1,64 @@
+//! The record of one handover while it happens: timings, what is to be undone, what is to be reported.
+
+use std::time::Instant;
+
+use warmswap_model::{Blackout, ConnectionCounts, Generation, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung};
+
+/// What must be put right, in reverse order, when a handover ends before PROMOTE. Undoing never fails for good: a step
+/// that cannot be undone is logged and the next one runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Undo {
+    ReleaseLease,
+    /// End the shadow and remove its container.
+    DestroyShadow(Generation),
+    /// Nobody follows the owner any more.
+    StopFollowing,
+    /// The owner may have stopped: tell it to go on.
+    ResumeOwner(Generation),
+}
+
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    pub(crate) handover: u64,
+    pub(crate) from: Generation,
+    pub(crate) to: Generation,
+    pub(crate) began: Instant,
+    pub(crate) undo: Vec<Undo>,
+    pub(crate) phases: Vec<PhaseTiming>,
+    pub(crate) rung: Rung,
+    pub(crate) blackouts: Vec<Blackout>,
+    pub(crate) connections: ConnectionCounts,
+    pub(crate) state_bytes: u64,
+    pub(crate) before: Option<Measurements>,
+    pub(crate) after: Option<Measurements>,
+    pub(crate) lost: Vec<String>,
+    pub(crate) promoted: bool,
+}
+
+impl Attempt {
+    pub(crate) fn new(handover: u64, from: Generation, to: Generation) -> Self {
+        Self {
+            handover,
+            from,
+            to,
+            began: Instant::now(),
+            undo: Vec::new(),
+            phases: Vec::with_capacity(Phase::ALL.len()),
+            rung: Rung::None,
+            blackouts: Vec::new(),
+            connections: ConnectionCounts::default(),
+            state_bytes: 0,
+            before: None,
+            after: None,
+            lost: Vec::new(),
+            promoted: false,
+        }
+    }
+
+    pub(crate) fn record(&mut self, phase: Phase, began: Instant, outcome: PhaseOutcome) -> f64 {
+        let duration_us = began.elapsed().as_secs_f64() * 1e6;
+        let start_us = began.duration_since(self.began).as_secs_f64() * 1e6;
+        self.phases.push(PhaseTiming { phase, start_us, duration_us, outcome });
+        duration_us
+    }
+}

@@ -1,0 +1,284 @@
+//! The journal of one service: what a new supervisor must know to finish or undo what its predecessor began.
+//!
+//! One JSON record a line, appended with a single `write`, so that a record is there whole or not at all when the
+//! supervisor is killed. A torn last line (power loss) is ignored; anything else that does not parse is refused by
+//! name. Containers do not survive the host, so the file lies in the runtime folder and only the record that opens
+//! a handover is synced.
+//!
+//! ```text
+//! {"record":"service","file":{…},"folder":"/srv","next_generation":3,"owner":2,"previous_image":"images/v1"}
+//! {"record":"begin","handover":7,"from":2,"to":3,"image":"images/v3"}
+//! {"record":"promoted","handover":7,"owner":3,"greeting":{…}}    <- the point of no return without a rollback
+//! {"record":"end","handover":7,"owner":3}
+//! ```
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use warmswap_model::{Generation, ImageRef, ServiceFile};
+
+use crate::member::Greeting;
+
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    #[error("cannot {action} journal {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("journal {path} is damaged in line {line}: {problem}; move it away and run `warmswap stop --all`")]
+    Damaged { path: PathBuf, line: usize, problem: String },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case")]
+enum Record {
+    Service(Box<ServiceRecord>),
+    Begin { handover: u64, from: Generation, to: Generation, image: ImageRef },
+    Promoted { handover: u64, owner: Generation, greeting: Option<Greeting> },
+    End { handover: u64, owner: Generation },
+}
+
+/// What stays true between handovers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ServiceRecord {
+    pub file: ServiceFile,
+    /// Folder of the service file, for relative image paths.
+    pub folder: PathBuf,
+    pub next_generation: Generation,
+    pub owner: Option<Generation>,
+    /// What the owner said about itself; `None` when it does not link the SDK.
+    pub greeting: Option<Greeting>,
+    pub image: ImageRef,
+    /// What `warmswap rollback` goes back to.
+    pub previous_image: Option<ImageRef>,
+}
+
+/// A handover that was begun and not ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenHandover {
+    pub handover: u64,
+    pub from: Generation,
+    pub to: Generation,
+    /// What `to` runs, and what `from` runs.
+    pub image: ImageRef,
+    pub from_image: ImageRef,
+    /// `to` is the owner.
+    pub promoted: bool,
+}
+
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+/// What the journal says when it is opened.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recovered {
+    pub service: ServiceRecord,
+    pub open: Option<OpenHandover>,
+}
+
+impl Journal {
+    /// Begins a journal, replacing whatever stands at `path`.
+    pub fn create(path: &Path, service: &ServiceRecord) -> Result<Self, JournalError> {
+        let beside = path.with_extension("new");
+        let failed = |action| {
+            let path = path.to_owned();
+            move |source| JournalError::File { action, path, source }
+        };
+        let mut file =
+            OpenOptions::new().create(true).truncate(true).write(true).open(&beside).map_err(failed("create"))?;
+        file.write_all(&line(&Record::Service(Box::new(service.clone())))).map_err(failed("write"))?;
+        file.sync_data().map_err(failed("sync"))?;
+        std::fs::rename(&beside, path).map_err(failed("replace"))?;
+        // The descriptor still names the renamed file; every later record is appended to it.
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Reads what a predecessor wrote. `None` when there is no journal.
+    pub fn read(path: &Path) -> Result<Option<Recovered>, JournalError> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(JournalError::File { action: "read", path: path.to_owned(), source }),
+        };
+        let damaged =
+            |line: usize, problem: String| JournalError::Damaged { path: path.to_owned(), line: line + 1, problem };
+        let mut recovered: Option<Recovered> = None;
+        let lines: Vec<&str> = text.split_inclusive('\n').collect();
+        for (number, text) in lines.iter().enumerate() {
+            if !text.ends_with('\n') && number + 1 == lines.len() && number > 0 {
+                break; // torn by a power loss: the record never counted
+            }
+            let record: Record = serde_json::from_str(text).map_err(|error| damaged(number, error.to_string()))?;
+            match (record, recovered.as_mut()) {
+                (Record::Service(service), _) => recovered = Some(Recovered { service: *service, open: None }),
+                (_, None) => return Err(damaged(number, "the first record is not of the service".into())),
+                (Record::Begin { handover, from, to, image }, Some(known)) => {
+                    let from_image = known.service.image.clone();
+                    known.open = Some(OpenHandover { handover, from, to, image, from_image, promoted: false });
+                    known.service.next_generation = known.service.next_generation.max(to.next());
+                }
+                (Record::Promoted { handover, owner, greeting }, Some(known)) => {
+                    known.service.owner = Some(owner);
+                    known.service.greeting = greeting;
+                    if let Some(open) = known.open.as_mut().filter(|open| open.handover == handover) {
+                        open.promoted = owner == open.to;
+                    }
+                }
+                (Record::End { owner, .. }, Some(known)) => {
+                    known.service.owner = Some(owner);
+                    known.open = None;
+                }
+            }
+        }
+        Ok(recovered)
+    }
+
+    /// A handover begins: synced, so that its shadow is never forgotten.
+    pub fn begin(
+        &mut self,
+        handover: u64,
+        from: Generation,
+        to: Generation,
+        image: &ImageRef,
+    ) -> Result<(), JournalError> {
+        self.append(&Record::Begin { handover, from, to, image: image.clone() })?;
+        self.file.sync_data().map_err(|source| JournalError::File { action: "sync", path: self.path.clone(), source })
+    }
+
+    /// Ownership passes now. Written before the control word changes; one `write`, nothing else, for it lies in
+    /// the blackout.
+    pub fn promoted(
+        &mut self,
+        handover: u64,
+        owner: Generation,
+        greeting: Option<Greeting>,
+    ) -> Result<(), JournalError> {
+        self.append(&Record::Promoted { handover, owner, greeting })
+    }
+
+    pub fn end(&mut self, handover: u64, owner: Generation) -> Result<(), JournalError> {
+        self.append(&Record::End { handover, owner })
+    }
+
+    /// Starts afresh with what is true now, which keeps the file to a few lines.
+    pub fn rewrite(&mut self, service: &ServiceRecord) -> Result<(), JournalError> {
+        *self = Self::create(&self.path, service)?;
+        Ok(())
+    }
+
+    pub fn remove(path: &Path) -> Result<(), JournalError> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(JournalError::File { action: "remove", path: path.to_owned(), source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn append(&mut self, record: &Record) -> Result<(), JournalError> {
+        self.file.write_all(&line(record)).map_err(|source| JournalError::File {
+            action: "append to",
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+fn line(record: &Record) -> Vec<u8> {
+    let mut line = serde_json::to_vec(record).expect("records have string keys and finite numbers");
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> ServiceRecord {
+        let file = ServiceFile::parse("s.toml", "name = \"s\"\nimage = \"v1\"\n").unwrap();
+        ServiceRecord {
+            image: file.image.clone(),
+            file,
+            folder: "/srv".into(),
+            next_generation: Generation(2),
+            owner: Some(Generation(1)),
+            greeting: None,
+            previous_image: None,
+        }
+    }
+
+    fn fresh() -> (tempfile::TempDir, PathBuf, Journal) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s.jsonl");
+        let journal = Journal::create(&path, &record()).unwrap();
+        (folder, path, journal)
+    }
+
+    #[test]
+    fn a_begun_handover_is_found_open_until_it_ends() {
+        let (_folder, path, mut journal) = fresh();
+        journal.begin(7, Generation(1), Generation(2), &"v2".into()).unwrap();
+        let read = Journal::read(&path).unwrap().unwrap();
+        let open = OpenHandover {
+            handover: 7,
+            from: Generation(1),
+            to: Generation(2),
+            image: "v2".into(),
+            from_image: "v1".into(),
+            promoted: false,
+        };
+        assert_eq!(read.open, Some(open));
+        assert_eq!(read.service.owner, Some(Generation(1)));
+        assert_eq!(read.service.next_generation, Generation(3), "a generation number is never used twice");
+
+        journal.promoted(7, Generation(2), None).unwrap();
+        let read = Journal::read(&path).unwrap().unwrap();
+        assert!(read.open.unwrap().promoted);
+        assert_eq!(read.service.owner, Some(Generation(2)));
+
+        journal.promoted(7, Generation(1), None).unwrap(); // rolled back
+        assert!(!Journal::read(&path).unwrap().unwrap().open.unwrap().promoted);
+
+        journal.end(7, Generation(1)).unwrap();
+        let read = Journal::read(&path).unwrap().unwrap();
+        assert_eq!((read.open, read.service.owner), (None, Some(Generation(1))));
+    }
+
+    #[test]
+    fn every_cut_of_the_file_reads_as_a_prefix_of_its_records_or_is_refused() {
+        let (_folder, path, mut journal) = fresh();
+        journal.begin(1, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.promoted(1, Generation(2), None).unwrap();
+        journal.end(1, Generation(2)).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let first_line = whole.iter().position(|b| *b == b'\n').unwrap();
+        for cut in 0..whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            match Journal::read(&path) {
+                Ok(Some(_)) => assert!(cut >= first_line, "cut at {cut}"),
+                Ok(None) => assert_eq!(cut, 0),
+                Err(JournalError::Damaged { line, .. }) => assert!(line == 1 && cut < first_line, "cut at {cut}"),
+                Err(other) => panic!("{other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let (_folder, path, mut journal) = fresh();
+        journal.begin(1, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.end(1, Generation(1)).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap().replace("\"begin\"", "\"bigin\"");
+        std::fs::write(&path, text).unwrap();
+        let error = Journal::read(&path).unwrap_err().to_string();
+        assert!(error.contains("s.jsonl") && error.contains("line 2"), "{error}");
+    }
+}

@@ -1,0 +1,22 @@
+//! The handover protocol: one supervisor per service, phases with deadlines and undo, a journal, verify and rollback.
+//!
+//! Not here: how much to reserve and when to hand over (`policy`), what a container is (`backend`), and what moves
+//! (`transfer`).
+
+mod attempt;
+mod conditions;
+mod error;
+mod journal;
+mod lifecycle;
+mod member;
+mod priority;
+mod protocol;
+mod recovery;
+mod supervisor;
+
+pub use conditions::{Conditions, Judgement, Progress};
+pub use error::{HandoverError, LogTail};
+pub use journal::{Journal, JournalError, OpenHandover, Recovered, ServiceRecord};
+pub use member::{Greeting, MemberStatus, Role};
+pub use protocol::Plan;
+pub use supervisor::Supervisor;

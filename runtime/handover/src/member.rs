@@ -1,0 +1,64 @@
+//! One generation as its supervisor sees it.
+
+use std::time::Instant;
+
+use warmswap_backend::{ContainerId, PreparedImage};
+use warmswap_model::{CgroupId, Generation};
+use warmswap_transfer::channel::SupervisorChannel;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Started and warmed, does not serve.
+    Shadow,
+    /// Serves.
+    Owner,
+    /// Served until the last handover, which is not decided yet.
+    Parked,
+    /// Finishes what is left, then ends.
+    Draining,
+}
+
+/// What a process that links the SDK said about itself.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Greeting {
+    pub schemas_read: Vec<u32>,
+    pub schema_written: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) id: ContainerId,
+    pub(crate) image: PreparedImage,
+    pub(crate) cgroup: CgroupId,
+    pub(crate) role: Role,
+    pub(crate) channel: SupervisorChannel,
+    /// Set once it spoke: it links the SDK and takes part in full.
+    pub(crate) greeting: Option<Greeting>,
+    pub(crate) ready: bool,
+    /// Its end of the conversation is closed: it is dead, about to be, or closed every descriptor it did not know.
+    pub(crate) closed: bool,
+    pub(crate) drain_until: Option<Instant>,
+}
+
+impl Member {
+    pub(crate) fn cooperates(&self) -> bool {
+        self.greeting.is_some()
+    }
+
+    /// Holds duplicates of the owner's connections and follows its log.
+    pub(crate) fn follows(&self) -> bool {
+        self.cooperates() && !self.closed && matches!(self.role, Role::Shadow | Role::Parked)
+    }
+}
+
+/// A generation for `warmswap status`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct MemberStatus {
+    pub generation: Generation,
+    pub role: Role,
+    pub image: String,
+    pub cgroup: CgroupId,
+    /// It links the SDK: connections and state move with a handover.
+    pub cooperates: bool,
+}

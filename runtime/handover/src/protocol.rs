@@ -1,0 +1,625 @@
+//! A handover, from lease to commit.
+//!
+//! ```text
+//!  RESERVE ─▶ WARM ─▶ SYNC ─▶ QUIESCE ─▶ DELTA ─▶ PROMOTE ─▶ VERIFY ─▶ COMMIT
+//!     │         │       │        │         │         │          │
+//!     ▼         ▼       ▼        ▼         ▼         ▼          ▼
+//!     └──── undo in reverse; the active goes on ─────┘      switch back: the same
+//!           serving: *aborted*                              steps reversed: *rolled back*
+//! ```
+//!
+//! [`Supervisor::phases`] is that line as code. Everything before PROMOTE pushes what undoes it; PROMOTE is one journal
+//! record and one store to the control word. Between QUIESCE and the answer to `Own` nobody serves, so nothing in
+//! [`Supervisor::switch`] allocates by state or connection, prints, or talks to a disk that waits.
+
+use std::time::{Duration, Instant};
+
+use warmswap_backend::ContainerState;
+use warmswap_model::{
+    Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
+    Rung, Trigger, Verdict,
+};
+use warmswap_transfer::message::{LogPosition, ToService};
+
+use crate::attempt::{Attempt, Undo};
+use crate::conditions::{Judgement, Progress};
+use crate::member::{Member, Role};
+use crate::priority::Urgent;
+use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor, with_causes};
+
+/// How far back "before" reaches.
+const BASELINE: Duration = Duration::from_secs(10);
+/// How often VERIFY looks.
+const VERIFY_STEP: Duration = Duration::from_millis(200);
+/// VERIFY ends after this many times its shortest duration, whatever was seen.
+const VERIFY_STRETCH: f64 = 10.0;
+/// SYNC repeats until a round adds nothing, at most this often.
+const SYNC_ROUNDS_MAX: u32 = 16;
+/// What may be left for DELTA after the last round.
+const LITTLE_LOG_BYTES: u64 = 256 << 10;
+const LITTLE_CONNECTIONS: usize = 16;
+/// How long a generation that is worse than the old one may take to hand back. Far above the usual budget: it may be slow
+/// to finish what it has in flight, and ending it by force would cost its connections.
+const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long COMMIT itself waits for the old generation; after that it drains beside the next handover.
+const COMMIT_WAIT: Duration = Duration::from_secs(1);
+
+/// What to do, decided by somebody else.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    pub handover: u64,
+    pub trigger: Trigger,
+    pub image: ImageRef,
+    pub forecast: Option<DemandVector>,
+    /// Held for the shadow.
+    pub reservation: PerResource<f64>,
+    /// CPUs of the shadow until it is to serve; `None`: any.
+    pub shadow_cpus: Option<Vec<u32>>,
+}
+
+impl Supervisor {
+    /// Hands the service over to a new generation of `plan.image`, or says why not. Blocks until the verdict.
+    ///
+    /// Whatever happens, a generation serves afterwards if one served before and did not die by itself.
+    pub fn update(&mut self, plan: &Plan) -> HandoverReport {
+        let started_unix_ms = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+        let from = self.owner().unwrap_or(Generation(0));
+        let mut attempt = Attempt::new(plan.handover, from, self.record.next_generation);
+        let result = self.phases(plan, &mut attempt);
+        let (verdict, reason) = match result {
+            Ok(()) => (Verdict::Committed, None),
+            // Going back would end the only generation that lives.
+            Err(stop) if attempt.promoted && self.is_dead(attempt.from) && !self.is_dead(attempt.to) => {
+                let kept =
+                    format!("{}; kept all the same, because {} died and cannot take back", stop.reason, attempt.from);
+                let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
+                debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
+                (Verdict::Committed, Some(kept))
+            }
+            Err(stop) => {
+                let back = self.unwind(&mut attempt);
+                let verdict = if attempt.promoted { Verdict::RolledBack } else { Verdict::Aborted };
+                let failed = attempt.phases.iter().find(|timing| timing.outcome == PhaseOutcome::Failed);
+                let mut reason = match (verdict, failed) {
+                    (Verdict::Aborted, Some(timing)) => format!("{} during {}", stop.reason, timing.phase),
+                    _ => stop.reason,
+                };
+                if let Err(trouble) = back {
+                    reason.push_str(&format!("; going back: {}", trouble.reason));
+                }
+                (verdict, Some(reason))
+            }
+        };
+        self.conclude(&attempt, verdict);
+        HandoverReport {
+            id: plan.handover,
+            service: self.service().clone(),
+            from: attempt.from,
+            to: attempt.to,
+            from_image: self.image_name(verdict == Verdict::Committed),
+            to_image: plan.image.0.display().to_string(),
+            trigger: plan.trigger.clone(),
+            rung: attempt.rung,
+            verdict,
+            reason,
+            lost: attempt.lost,
+            started_unix_ms,
+            duration_ms: attempt.began.elapsed().as_secs_f64() * 1e3,
+            phases: attempt.phases,
+            blackouts: attempt.blackouts,
+            connections: attempt.connections,
+            state_bytes: attempt.state_bytes,
+            before: attempt.before,
+            after: attempt.after,
+            forecast: plan.forecast.clone(),
+            reservation: plan.reservation,
+        }
+    }
+
+    fn image_name(&self, committed: bool) -> String {
+        let image = if committed { self.record.previous_image.as_ref() } else { Some(&self.record.image) };
+        image.map_or_else(String::new, |image| image.0.display().to_string())
+    }
+
+    /// The phases, in order. Before PROMOTE an error means: undo. After it: switch back.
+    fn phases(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<(), Stop> {
+        self.timed(attempt, Phase::Reserve, |s, a| s.reserve(plan, a))?;
+        self.timed(attempt, Phase::Warm, |s, a| s.warm(plan, a))?;
+        self.timed(attempt, Phase::Sync, |s, a| s.sync(plan, a))?;
+        self.quiesce_delta_promote(attempt)?;
+        self.timed(attempt, Phase::Verify, |s, a| s.verify(a))?;
+        self.timed(attempt, Phase::Commit, |s, a| s.commit(plan, a))
+    }
+
+    fn timed(
+        &mut self,
+        attempt: &mut Attempt,
+        phase: Phase,
+        step: impl FnOnce(&mut Self, &mut Attempt) -> Result<String, Stop>,
+    ) -> Result<(), Stop> {
+        self.conditions.progress(&self.record.file.name, &Progress::PhaseBegun { phase });
+        let began = Instant::now();
+        let result = match self.conditions.cancelled(&self.record.file.name) {
+            Some(reason) if phase != Phase::Commit => Err(Stop::new(reason)),
+            _ => step(self, attempt),
+        };
+        let outcome = if result.is_ok() { PhaseOutcome::Done } else { PhaseOutcome::Failed };
+        let duration_us = attempt.record(phase, began, outcome);
+        let detail = result.as_ref().map_or_else(|stop| stop.reason.clone(), String::clone);
+        self.conditions.progress(&self.record.file.name, &Progress::PhaseEnded { phase, outcome, duration_us, detail });
+        result.map(drop)
+    }
+
+    fn reserve(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
+        if self.owner().is_none() {
+            return Err(Stop::new(format!("{} has no generation that serves", self.service())));
+        }
+        self.journal
+            .begin(attempt.handover, attempt.from, attempt.to, &plan.image)
+            .map_err(|error| Stop::new(with_causes(&error)))?;
+        let (from, to) = (attempt.from, attempt.to);
+        let begun = Progress::Begun { handover: attempt.handover, from, to };
+        self.conditions.progress(&self.record.file.name, &begun);
+        self.conditions.lease(&self.record.file.name, &plan.reservation).map_err(Stop::new)?;
+        attempt.undo.push(Undo::ReleaseLease);
+        let r = &plan.reservation;
+        Ok(format!("{:.0} % CPU, {:.0} MB, {:.1} Mbps, {:.1} MB/s held", r.cpu, r.memory, r.network, r.disk))
+    }
+
+    fn warm(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
+        let image = plan.image.resolved(&self.record.folder);
+        let prepared = self.backend.prepare_image(&image).map_err(|error| Stop::new(with_causes(&error)))?;
+        let limits = self.shadow_limits(plan.shadow_cpus.clone(), plan.reservation.memory);
+        attempt.undo.push(Undo::DestroyShadow(attempt.to));
+        let to = self.launch(prepared, &limits)?;
+        debug_assert_eq!(to, attempt.to);
+        attempt.rung = self.rung(attempt.from, to)?;
+        Ok(format!("{to} ready, rung {}", attempt.rung))
+    }
+
+    /// How much the two generations can do together.
+    fn rung(&self, from: Generation, to: Generation) -> Result<Rung, Stop> {
+        let greeting = |generation| self.members.get(&generation).and_then(|member| member.greeting.as_ref());
+        match (greeting(from), greeting(to)) {
+            (Some(old), Some(new)) if new.schemas_read.contains(&old.schema_written) => {
+                Ok(if self.segments.is_empty() { Rung::Fds } else { Rung::Full })
+            }
+            (Some(old), Some(new)) => Err(Stop::new(format!(
+                "{to} cannot read the state of {from}: it is written in schema {}, {to} reads {:?}",
+                old.schema_written, new.schemas_read
+            ))),
+            (Some(_), None) => Err(Stop::new(format!(
+                "{to} does not link the warmswap SDK while {from} does: its connections and state would be lost"
+            ))),
+            (None, _) if self.ground.listeners.is_empty() => Ok(Rung::None),
+            (None, _) => Ok(Rung::Listeners),
+        }
+    }
+
+    fn sync(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        if attempt.rung < Rung::Fds {
+            attempt.lost.push("state in memory does not move".into());
+            if attempt.rung == Rung::Listeners {
+                attempt.lost.push(format!("connections established with {from} end when it has drained"));
+            }
+            self.activate(plan, to);
+            return Ok("nothing to copy: the program does not link the SDK".into());
+        }
+        let deadline = Instant::now() + Duration::from_secs_f64(self.record.file.handover.sync_s_max);
+        attempt.state_bytes = self.send_segments(to)?;
+        self.connections.clear();
+        attempt.undo.push(Undo::StopFollowing);
+        self.tell(from, &ToService::Follow { on: true }, &[])?;
+        // Before the last round, because both take milliseconds in which the log grows.
+        self.activate(plan, to);
+        attempt.before = self.conditions.measure(&self.record.file.name, BASELINE);
+        let rounds = self.catch_up(from, to, deadline)?;
+        let mb = attempt.state_bytes as f64 / f64::from(1 << 20);
+        Ok(format!("{mb:.0} MiB of state mapped, {} connections, {rounds} rounds", self.connections.len()))
+    }
+
+    /// Brings the follower to where the owner is, until what is left is small; returns how many rounds it took.
+    fn catch_up(&mut self, from: Generation, to: Generation, deadline: Instant) -> Result<u32, Stop> {
+        let mut last = None;
+        for round in 1..=SYNC_ROUNDS_MAX {
+            let now = (self.catch_up_round(from, to, deadline)?, self.connections.len());
+            if last.is_some_and(|last| little_between(last, now)) {
+                return Ok(round);
+            }
+            last = Some(now);
+        }
+        Ok(SYNC_ROUNDS_MAX) // the owner writes faster than rounds end; the rest goes with DELTA
+    }
+
+    /// Asks the owner how far it is, then the follower to get there.
+    fn catch_up_round(
+        &mut self,
+        from: Generation,
+        to: Generation,
+        deadline: Instant,
+    ) -> Result<Option<LogPosition>, Stop> {
+        let both = [from, to];
+        let mut commit = None;
+        for side in both {
+            self.round += 1;
+            let round = self.round;
+            self.tell(side, &ToService::CaughtUp { round, commit }, &[])?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let answer = self.wait_for("catch up", left, &both, |who, notice| match notice {
+                Notice::CaughtUp { round: of, commit, .. } if who == side && *of == round => Some(*commit),
+                _ => None,
+            })?;
+            if side == from {
+                commit = answer;
+            }
+        }
+        Ok(commit)
+    }
+
+    /// The reservation stops being held and is the shadow's: CPUs, weight. Before QUIESCE, because a cgroup write may wait.
+    fn activate(&self, plan: &Plan, to: Generation) {
+        let cpus = plan.shadow_cpus.as_ref().and_then(|_| self.backend.capacity().ok());
+        let limits = self.owner_limits(cpus.map(|capacity| (0..capacity.cpus).collect()));
+        if let Err(error) = self.backend.set_limits(&self.container(to), &limits) {
+            tracing::warn!("the reservation of {to} is not active: {}", with_causes(&error));
+        }
+    }
+
+    fn quiesce_delta_promote(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        if attempt.rung < Rung::Fds {
+            // Both accept from the same listeners; nobody has to stop for the other to serve.
+            return self.timed(attempt, Phase::Promote, |s, a| {
+                s.journal
+                    .promoted(a.handover, to, s.greeting_of(to))
+                    .map_err(|error| Stop::new(with_causes(&error)))?;
+                s.own_word(to);
+                a.promoted = true;
+                a.undo.clear();
+                if s.members.get(&to).is_some_and(Member::cooperates) {
+                    s.tell_own(to, a.handover, None, None, false)?;
+                    s.await_owned(to, a.handover)?;
+                }
+                s.set_role(to, Role::Owner);
+                s.set_role(from, Role::Parked);
+                Ok(format!("{to} accepts beside {from}"))
+            });
+        }
+        self.conditions.progress(&self.record.file.name, &Progress::PhaseBegun { phase: Phase::Quiesce });
+        attempt.undo.push(Undo::ResumeOwner(from));
+        let sent = self.connections.len() as u64;
+        let budget = Duration::from_secs_f64(self.record.file.handover.quiesce_ms_max / 1e3);
+        let switched = self.switch(attempt.handover, from, to, budget);
+        let times = match switched {
+            Ok(times) => times,
+            Err(SwitchError::Before { began, stop }) => {
+                attempt.record(Phase::Quiesce, began, PhaseOutcome::Failed);
+                self.say_ended(attempt, &stop.reason);
+                return Err(stop);
+            }
+            Err(SwitchError::After { began, stop }) => {
+                attempt.record(Phase::Promote, began, PhaseOutcome::Failed);
+                self.say_ended(attempt, &stop.reason);
+                attempt.promoted = true;
+                attempt.undo.clear();
+                return Err(stop);
+            }
+        };
+        attempt.promoted = true;
+        attempt.undo.clear();
+        let said = attempt.phases.len();
+        for (phase, start, end) in [
+            (Phase::Quiesce, times.told, times.yielded),
+            (Phase::Delta, times.yielded, times.checked),
+            (Phase::Promote, times.checked, times.owned),
+        ] {
+            let us = |a: Instant, b: Instant| b.saturating_duration_since(a).as_secs_f64() * 1e6;
+            attempt.phases.push(warmswap_model::PhaseTiming {
+                phase,
+                start_us: us(attempt.began, start),
+                duration_us: us(start, end),
+                outcome: PhaseOutcome::Done,
+            });
+        }
+        attempt.connections = ConnectionCounts {
+            sent: times.connections_open,
+            received: times.connections_adopted,
+            closed_meanwhile: sent.saturating_sub(times.connections_open),
+        };
+        let blackout = self.blackout(attempt.handover, from, to, &times);
+        attempt.blackouts.push(blackout);
+        for timing in &attempt.phases[said..] {
+            let detail = match timing.phase {
+                Phase::Promote => format!("blackout {:.0} µs", blackout.us),
+                _ => String::new(),
+            };
+            let (phase, outcome, duration_us) = (timing.phase, timing.outcome, timing.duration_us);
+            self.conditions
+                .progress(&self.record.file.name, &Progress::PhaseEnded { phase, outcome, duration_us, detail });
+        }
+        Ok(())
+    }
+
+    fn say_ended(&self, attempt: &Attempt, detail: &str) {
+        let Some(timing) = attempt.phases.last() else { return };
+        let (phase, outcome, duration_us) = (timing.phase, timing.outcome, timing.duration_us);
+        let ended = Progress::PhaseEnded { phase, outcome, duration_us, detail: detail.to_owned() };
+        self.conditions.progress(&self.record.file.name, &ended);
+    }
+
+    fn blackout(&self, handover: u64, from: Generation, to: Generation, times: &SwitchTimes) -> Blackout {
+        let own = Blackout {
+            us: times.owned.saturating_duration_since(times.told).as_secs_f64() * 1e6,
+            measured_in_kernel: false,
+        };
+        self.conditions.kernel_blackout(&self.record.file.name, handover, from, to).unwrap_or(own)
+    }
+
+    /// Moves ownership from one living generation to another that follows it. Forward and backward alike.
+    fn switch(
+        &mut self,
+        handover: u64,
+        from: Generation,
+        to: Generation,
+        budget: Duration,
+    ) -> Result<SwitchTimes, SwitchError> {
+        let budget_us = u64::try_from(budget.as_micros()).unwrap_or(u64::MAX);
+        let _urgent = Urgent::raise();
+        let told = Instant::now();
+        let before = |stop| SwitchError::Before { began: told, stop };
+        self.tell(from, &ToService::Yield { handover, budget_us }, &[]).map_err(before)?;
+        // Connections and segments that changed since SYNC arrive before `Yielded` and are forwarded on the way.
+        let (commit, connections_open) = self
+            .wait_for("stop serving", budget, &[from, to], |who, notice| match notice {
+                Notice::Yielded { handover: of, commit, connections_open } if who == from && *of == handover => {
+                    Some((*commit, *connections_open))
+                }
+                _ => None,
+            })
+            .map_err(before)?;
+        let yielded = Instant::now();
+        let forwarded = self.connections.len() as u64;
+        if forwarded != connections_open {
+            let reason = format!("{from} has {connections_open} connections but {forwarded} reached {to}");
+            return Err(before(Stop::new(reason)));
+        }
+        let checked = Instant::now();
+        self.journal
+            .promoted(handover, to, self.greeting_of(to))
+            .map_err(|error| SwitchError::Before { began: told, stop: Stop::new(with_causes(&error)) })?;
+        self.own_word(to);
+        let after = |stop| SwitchError::After { began: checked, stop };
+        self.tell_own(to, handover, commit, Some(connections_open), true).map_err(after)?;
+        let connections_adopted = self.await_owned(to, handover).map_err(after)?;
+        let owned = Instant::now();
+        self.set_role(from, Role::Parked);
+        self.set_role(to, Role::Owner);
+        if connections_adopted != connections_open {
+            let reason = format!("{to} serves {connections_adopted} of {connections_open} connections");
+            return Err(after(Stop::new(reason)));
+        }
+        Ok(SwitchTimes { told, yielded, checked, owned, connections_open, connections_adopted })
+    }
+
+    fn verify(&mut self, attempt: &mut Attempt) -> Result<String, Stop> {
+        let to = attempt.to;
+        let began = Instant::now();
+        let limits = self.record.file.handover;
+        let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);
+        let mut stretch_began = began;
+        let mut doubted = false;
+        loop {
+            let step_ends = Instant::now() + VERIFY_STEP;
+            while let Some(left) = step_ends.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                self.pump(left, None);
+                for (who, notice) in std::mem::take(&mut self.notices) {
+                    match notice {
+                        Notice::Closed if who == to && self.is_dead(to) => return Err(self.obituary(to)),
+                        Notice::Failed { what } if who == to => return Err(Stop::new(format!("{to} failed: {what}"))),
+                        _ => {}
+                    }
+                }
+            }
+            // A program without the SDK may have closed the channel it did not know.
+            if attempt.rung < Rung::Fds && self.is_dead(to) {
+                return Err(self.obituary(to));
+            }
+            if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
+                return Err(Stop::new(reason));
+            }
+            attempt.after = self.conditions.measure(&self.record.file.name, stretch_began.elapsed());
+            match self.conditions.judge(attempt.before.as_ref(), attempt.after.as_ref(), &limits) {
+                Judgement::Worse { certain: false, .. } if !doubted => {
+                    doubted = true;
+                    stretch_began = Instant::now();
+                }
+                Judgement::Worse { reason, .. } => return Err(Stop::new(reason)),
+                Judgement::Accept => {
+                    let requests = attempt.after.map_or(0, |after| after.requests);
+                    return Ok(format!("as good as before over {requests} requests"));
+                }
+                Judgement::Continue if began.elapsed() >= longest => {
+                    return Ok(format!("nothing worse seen in {:.0} s", longest.as_secs_f64()));
+                }
+                Judgement::Continue => {}
+            }
+        }
+    }
+
+    fn is_dead(&self, generation: Generation) -> bool {
+        !matches!(self.backend.state(&self.container(generation)), Ok(ContainerState::Running { .. }))
+    }
+
+    fn commit(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        if attempt.rung >= Rung::Fds {
+            // From here the old generation cannot take back; failing to stop the stream only wastes work.
+            if let Err(stop) = self.tell(to, &ToService::Follow { on: false }, &[]) {
+                tracing::warn!("{}", stop.reason);
+            }
+        }
+        self.connections.clear();
+        self.record.previous_image = Some(std::mem::replace(&mut self.record.image, plan.image.clone()));
+        self.remember_owner(to);
+        if let Err(error) = self.journal.end(attempt.handover, to).and_then(|()| self.journal.rewrite(&self.record)) {
+            tracing::error!("{}", with_causes(&error));
+        }
+        self.retire(from);
+        let until = Instant::now() + COMMIT_WAIT;
+        while self.members.contains_key(&from) && Instant::now() < until {
+            self.pump(Duration::from_millis(5), None);
+            self.end_drained();
+        }
+        Ok(match self.members.contains_key(&from) {
+            true => format!("{from} drains"),
+            false => format!("{from} ended"),
+        })
+    }
+
+    /// Makes the old generation the owner again, however far the handover got.
+    fn unwind(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+        if attempt.promoted {
+            return self.roll_back(attempt);
+        }
+        let mut first_trouble = Ok(());
+        while let Some(step) = attempt.undo.pop() {
+            let result = self.undo(step, attempt);
+            if let Err(stop) = result {
+                tracing::error!("undoing a handover of {}: {}", self.service(), stop.reason);
+                first_trouble = first_trouble.and(Err(stop));
+            }
+        }
+        first_trouble
+    }
+
+    fn undo(&mut self, step: Undo, attempt: &Attempt) -> Result<(), Stop> {
+        match step {
+            Undo::ReleaseLease => {
+                self.conditions.release(&self.record.file.name);
+                Ok(())
+            }
+            Undo::DestroyShadow(generation) => {
+                self.discard(generation);
+                Ok(())
+            }
+            Undo::StopFollowing => {
+                self.connections.clear();
+                self.tell(attempt.from, &ToService::Follow { on: false }, &[])
+            }
+            // The owner answers whether it had stopped or not; a late `Yielded` is behind us then.
+            Undo::ResumeOwner(generation) => {
+                self.tell_own(generation, attempt.handover, None, None, false)?;
+                self.await_owned(generation, attempt.handover).map(drop)
+            }
+        }
+    }
+
+    fn roll_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        self.conditions.release(&self.record.file.name);
+        if attempt.rung < Rung::Fds {
+            self.own_word(from);
+            self.set_role(from, Role::Owner);
+            self.retire(to);
+            return Ok(());
+        }
+        let alive = self.members.get(&to).is_some_and(|member| !member.closed) && !self.is_dead(to);
+        let owns = self.members.get(&to).is_some_and(|member| member.role == Role::Owner);
+        let switched = (alive && owns).then(|| {
+            // The parked one takes in what was written since, while the worse one still serves.
+            if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
+                tracing::warn!("{}", stop.reason);
+            }
+            self.switch(attempt.handover, to, from, HAND_BACK_TIME_MAX)
+        });
+        match switched {
+            Some(Ok(times)) => {
+                attempt.blackouts.push(self.blackout(attempt.handover, to, from, &times));
+            }
+            Some(Err(SwitchError::Before { stop, .. } | SwitchError::After { stop, .. })) => {
+                tracing::warn!("{to} does not hand back ({}); it is ended", stop.reason);
+                self.take_back(attempt)?;
+            }
+            None => self.take_back(attempt)?,
+        }
+        self.discard(to);
+        self.connections.clear();
+        self.tell(from, &ToService::Follow { on: false }, &[])
+    }
+
+    /// The new owner is dead or must die; only when that is confirmed may the old one serve again.
+    fn take_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        let began = Instant::now();
+        let id = self.container(to);
+        let _ = self.backend.signal(&id, libc::SIGKILL); // fails when it is dead already, which the wait confirms
+        match self.backend.wait(&id, OWNED_TIME_MAX) {
+            Ok(ContainerState::Exited { .. }) => {}
+            other => return Err(Stop::new(format!("{to} cannot be confirmed dead ({other:?}), so {from} must wait"))),
+        }
+        // What it said last may still be on the way: segments and connections that the old one needs.
+        self.pump(Duration::ZERO, None);
+        self.journal
+            .promoted(attempt.handover, from, self.greeting_of(from))
+            .map_err(|error| Stop::new(with_causes(&error)))?;
+        self.own_word(from);
+        self.tell_own(from, attempt.handover, None, None, false)?;
+        self.await_owned(from, attempt.handover)?;
+        // Nobody knows what the dead one had read of them, so their clients are told by a closed connection.
+        if !self.connections.is_empty() {
+            attempt.lost.push(format!("{} connections closed when {to} died", self.connections.len()));
+        }
+        self.set_role(to, Role::Draining);
+        self.set_role(from, Role::Owner);
+        attempt.blackouts.push(Blackout { us: began.elapsed().as_secs_f64() * 1e6, measured_in_kernel: false });
+        Ok(())
+    }
+
+    fn conclude(&mut self, attempt: &Attempt, verdict: Verdict) {
+        if verdict == Verdict::Committed {
+            self.conditions.release(&self.record.file.name);
+            return;
+        }
+        let owner = self.owner().unwrap_or(attempt.from);
+        self.remember_owner(owner);
+        let ended = self.journal.end(attempt.handover, owner).and_then(|()| self.journal.rewrite(&self.record));
+        if let Err(error) = ended {
+            tracing::error!("{}", with_causes(&error));
+        }
+        // Whoever neither serves nor drains has no part any more, dead or alive.
+        let rest = self.members.values().filter(|member| matches!(member.role, Role::Shadow | Role::Parked));
+        for generation in rest.map(|member| member.id.generation).collect::<Vec<_>>() {
+            self.discard(generation);
+        }
+    }
+}
+
+/// Whether so little happened between two rounds that the follower makes up for it in a fraction of a millisecond.
+fn little_between(last: (Option<LogPosition>, usize), now: (Option<LogPosition>, usize)) -> bool {
+    let connections = now.1.abs_diff(last.1);
+    let bytes = match (last.0, now.0) {
+        (Some(last), Some(now)) if last.segment == now.segment => now.offset.abs_diff(last.offset),
+        (None, None) => 0,
+        _ => u64::MAX,
+    };
+    connections <= LITTLE_CONNECTIONS && bytes <= LITTLE_LOG_BYTES
+}
+
+struct SwitchTimes {
+    told: Instant,
+    yielded: Instant,
+    checked: Instant,
+    owned: Instant,
+    connections_open: u64,
+    connections_adopted: u64,
+}
+
+enum SwitchError {
+    /// Ownership did not move.
+    Before { began: Instant, stop: Stop },
+    /// The control word names the new generation, which does not serve as it should.
+    After { began: Instant, stop: Stop },
+}

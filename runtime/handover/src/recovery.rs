@@ -1,0 +1,182 @@
+//! Taking over from a supervisor that died: find the generations that run, take up the conversations where they
+//! stopped, and finish or undo the handover that was open.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use warmswap_backend::{Backend, ContainerState, FoundContainer, NamedFd};
+use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict};
+use warmswap_transfer::channel::SupervisorChannel;
+use warmswap_transfer::message::ToService;
+
+use crate::conditions::Conditions;
+use crate::error::HandoverError;
+use crate::journal::{Journal, OpenHandover};
+use crate::member::{Member, Role};
+use crate::supervisor::{KEPT_CONTROL, KEPT_SEGMENT, Supervisor, with_causes};
+
+impl Supervisor {
+    /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did
+    /// not live to report. `None` when there is no journal.
+    ///
+    /// # Errors
+    /// A journal that cannot be read. Containers that cannot be taken over are ended and the service is revived from
+    /// its state.
+    pub fn recover(
+        backend: Arc<dyn Backend>,
+        conditions: Arc<dyn Conditions>,
+        journal_path: &Path,
+    ) -> Result<Option<(Self, Option<HandoverReport>)>, HandoverError> {
+        let Some(recovered) = Journal::read(journal_path)? else { return Ok(None) };
+        let service = recovered.service.file.name.clone();
+        let found: Vec<FoundContainer> =
+            backend.list()?.into_iter().filter(|container| container.spec.id.service == service).collect();
+        let ground = backend.open_service(&service, &recovered.service.file.listen)?;
+        let mut record = recovered.service;
+        if let Some(open) = recovered.open.as_ref().filter(|open| open.promoted) {
+            record.previous_image = Some(std::mem::replace(&mut record.image, open.image.clone()));
+        }
+        for container in &found {
+            record.next_generation = record.next_generation.max(container.spec.id.generation.next());
+        }
+        let journal = Journal::create(journal_path, &record)?;
+        let mut supervisor = Self::assemble(backend, conditions, ground, record, journal)?;
+        for container in found {
+            supervisor.adopt(&container);
+        }
+        let report = recovered.open.as_ref().map(|open| supervisor.report_open(open));
+        supervisor.settle(recovered.open.as_ref());
+        Ok(Some((supervisor, report)))
+    }
+
+    /// Takes up the conversation with one container, or ends it when there is none to take up.
+    fn adopt(&mut self, container: &FoundContainer) {
+        let id = container.spec.id.clone();
+        let generation = id.generation;
+        let kept = match self.backend.kept_fds(&id) {
+            Ok(kept) => kept,
+            Err(error) => {
+                tracing::error!("{id} cannot be taken over, it is ended: {}", with_causes(&error));
+                self.discard(generation);
+                return;
+            }
+        };
+        let mut channel = None;
+        let mut segments = BTreeMap::new();
+        for NamedFd { name, fd } in kept {
+            if name == KEPT_CONTROL {
+                channel = SupervisorChannel::from_fd(fd).ok();
+            } else if let Some(index) = name.strip_prefix(KEPT_SEGMENT).and_then(|index| index.parse().ok()) {
+                segments.insert(index, fd);
+            }
+        }
+        let is_owner = self.record.owner == Some(generation);
+        if is_owner || self.segments.is_empty() {
+            // The owner's store is the one that is complete; a dead owner's store still holds the state.
+            self.segments.extend(segments);
+        }
+        let running = matches!(container.state, ContainerState::Running { .. });
+        let Some(channel) = channel.filter(|_| running) else {
+            self.discard(generation);
+            return;
+        };
+        // It greeted our predecessor, who wrote down what the owner said.
+        let member = Member {
+            image: container.spec.image.clone(),
+            cgroup: container.cgroup,
+            role: if is_owner { Role::Owner } else { Role::Shadow },
+            channel,
+            greeting: self.record.greeting.clone().filter(|_| is_owner),
+            ready: true,
+            closed: false,
+            drain_until: None,
+            id,
+        };
+        self.members.insert(generation, member);
+    }
+
+    /// One owner, everybody else gone: what was not promoted is undone, what was promoted stays.
+    fn settle(&mut self, open: Option<&OpenHandover>) {
+        let owner = self.record.owner;
+        if let Some(open) = open {
+            tracing::warn!(
+                "the last agent died during handover {} of {} ({} to {}, {}promoted)",
+                open.handover,
+                self.service(),
+                open.from,
+                open.to,
+                if open.promoted { "" } else { "not " }
+            );
+        }
+        let others: Vec<Generation> = self.members.keys().copied().filter(|g| Some(*g) != owner).collect();
+        let owner = owner.filter(|owner| self.members.contains_key(owner));
+        if let Some(owner) = owner {
+            self.own_word(owner);
+            if self.members.get(&owner).is_some_and(Member::cooperates) {
+                self.resume(owner, open.map_or(0, |open| open.handover));
+            }
+        }
+        for generation in others {
+            self.discard(generation);
+        }
+        if self.owner().is_none() {
+            self.last_trouble = Some("its owner died while no agent ran; it is started again".into());
+            self.revive_later();
+        }
+        if let Err(error) = self.journal.rewrite(&self.record) {
+            tracing::error!("{}", with_causes(&error));
+        }
+    }
+
+    /// The handover that was open when the last supervisor died. What was promoted stays: the new owner serves, and with
+    /// the supervisor the values before were lost, so it cannot be compared any more.
+    fn report_open(&self, open: &OpenHandover) -> HandoverReport {
+        let verdict = if open.promoted { Verdict::Committed } else { Verdict::Aborted };
+        let reason = match verdict {
+            Verdict::Committed => "the agent died after PROMOTE; kept without being verified",
+            _ => "the agent died before PROMOTE",
+        };
+        HandoverReport {
+            id: open.handover,
+            service: self.service().clone(),
+            from: open.from,
+            to: open.to,
+            from_image: open.from_image.0.display().to_string(),
+            to_image: open.image.0.display().to_string(),
+            trigger: Trigger::Request,
+            rung: if self.record.greeting.is_some() { Rung::Full } else { Rung::Listeners },
+            verdict,
+            reason: Some(reason.to_owned()),
+            lost: Vec::new(),
+            started_unix_ms: 0,
+            duration_ms: 0.0,
+            phases: Vec::new(),
+            blackouts: Vec::new(),
+            connections: ConnectionCounts::default(),
+            state_bytes: 0,
+            before: None,
+            after: None,
+            forecast: None,
+            reservation: PerResource::default(),
+        }
+    }
+
+    /// Gives the owner a control page that this process can write, and tells it to serve: it may have stopped for a
+    /// handover that nobody finishes now. An owner that serves already takes this as a repetition.
+    fn resume(&mut self, owner: Generation, handover: u64) {
+        let result = self
+            .tell(owner, &ToService::ControlPage, &[self.control.as_fd()])
+            .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
+            .and_then(|()| self.tell_own(owner, handover, None, None, false))
+            .and_then(|()| self.await_owned(owner, handover));
+        match result {
+            Ok(connections) => tracing::info!("{owner} of {} serves {connections} connections", self.service()),
+            Err(stop) => {
+                tracing::error!("{owner} of {} does not answer, it is ended: {}", self.service(), stop.reason);
+                self.discard(owner);
+            }
+        }
+    }
+}

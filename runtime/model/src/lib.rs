@@ -1,0 +1,24 @@
+//! Plain data that every room of warmswap shares: ids, resources, demand, windows, handover reports and the
+//! service file. No I/O, no clock, no randomness: whatever is here can be recorded and replayed.
+//!
+//! Not here: how any of it is measured (`sensor`), decided (`policy`, `forecast`) or done (`handover`, `backend`).
+
+mod demand;
+mod handover;
+mod id;
+mod latency;
+mod resource;
+mod service_file;
+mod window;
+
+pub use demand::{Champion, DemandVector, Quantiles};
+pub use handover::{
+    Blackout, ConnectionCounts, HandoverReport, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, Trigger, Verdict,
+};
+pub use id::{CgroupId, Generation, InvalidServiceName, ServiceName};
+pub use latency::LatencyHistogram;
+pub use resource::{PerResource, Resource};
+pub use service_file::{
+    Handover, ImageRef, Listen, Network, Reserve, Resources, Schedule, ServiceFile, ServiceFileError,
+};
+pub use window::{FeatureWindow, ProbeCounts};

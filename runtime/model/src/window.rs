@@ -1,0 +1,55 @@
+//! What one container did in one window (1 s by default).
+
+use serde::{Deserialize, Serialize};
+
+use crate::{CgroupId, LatencyHistogram, PerResource};
+
+/// Events and bytes of one cgroup in one window, as the probes counted them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProbeCounts {
+    /// Processes that called exec (application launches).
+    pub execs: u64,
+    pub forks: u64,
+    pub exits: u64,
+    pub oom_kills: u64,
+    pub syscalls: u64,
+    /// Calls that read from a descriptor, and bytes they returned.
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub write_bytes: u64,
+    /// Requests to block devices.
+    pub block_requests: u64,
+    pub block_bytes: u64,
+    /// Block requests that began where the one before ended.
+    pub block_sequential: u64,
+    pub rx_packets: u64,
+    pub rx_bytes: u64,
+    pub tx_packets: u64,
+    pub tx_bytes: u64,
+    /// TCP connections that reached ESTABLISHED, and that closed.
+    pub tcp_opened: u64,
+    pub tcp_closed: u64,
+    /// TCP resets sent.
+    pub tcp_resets: u64,
+    pub tcp_resets_received: u64,
+    /// Reads from terminals (input frequency).
+    pub tty_inputs: u64,
+    /// CPU time on a run queue, ns.
+    pub run_ns: u64,
+    pub page_faults: u64,
+}
+
+/// One feature window of one cgroup.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FeatureWindow {
+    pub cgroup: CgroupId,
+    /// Wall clock at the end of the window, Unix ms.
+    pub end_unix_ms: u64,
+    pub length_ms: u32,
+    pub usage: PerResource<f64>,
+    pub counts: ProbeCounts,
+    /// From the arrival of a request's first packet to the first packet of its answer.
+    pub request_latency: LatencyHistogram,
+}

@@ -1,0 +1,643 @@
+//! One process of a service: its role, and the conversation with the supervisor.
+
+mod connections;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use warmswap_transfer::channel::{ChannelError, ServiceChannel};
+use warmswap_transfer::control::{ControlError, ControlView, ControlWord};
+use warmswap_transfer::log::LogError;
+use warmswap_transfer::message::{
+    CARRY_LEN_MAX, LogPosition, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
+};
+use warmswap_transfer::state::{SegmentNotice, State};
+
+use crate::environment::{self, Listener};
+use crate::outbox::Outbox;
+
+/// How long [`join`] waits for the supervisor's welcome.
+const WELCOME_TIME_MAX: Duration = Duration::from_secs(10);
+/// How often a follower looks at the log: what comes in between is what the blackout has to read.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(2);
+/// How soon a full control socket is tried again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
+/// Connections sent to a follower per call of [`Service::poll`] while serving: about 30 µs.
+const RESEND_PER_POLL: usize = 64;
+/// `prctl` option of the handover marks ("WSWP"): fails with EINVAL, but the probes see it.
+const MARK_OPTION: libc::c_int = 0x5753_5750;
+const MARK_STOPPED: libc::c_ulong = 1;
+const MARK_SERVING: libc::c_ulong = 2;
+
+/// Why a service cannot take part.
+#[derive(Debug, thiserror::Error)]
+pub enum SdkError {
+    #[error("{variable}={value:?} does not name descriptors that this process was started with")]
+    Environment { variable: &'static str, value: String },
+    #[error("cannot {what}")]
+    System {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot listen on {address}")]
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the supervisor did not answer within {} s", WELCOME_TIME_MAX.as_secs())]
+    NoWelcome,
+    #[error("the supervisor said {got} before its welcome")]
+    Unexpected { got: &'static str },
+    #[error("the conversation with the supervisor broke")]
+    Channel(#[from] ChannelError),
+    #[error("the control page cannot be used")]
+    Control(#[from] ControlError),
+    #[error("the state cannot be used")]
+    State(#[from] LogError),
+}
+
+/// What the service's loop has to do.
+#[derive(Debug)]
+pub enum Event {
+    /// A connection that the owner serves: keep it, touch nothing before [`Event::BecomeOwner`]. `carry` is empty
+    /// unless a handover is under way.
+    ConnectionArrived { cookie: u64, fd: OwnedFd, listener: String, carry: Vec<u8> },
+    /// What the owner carried over for a connection that is here already; replaces what came before.
+    ConnectionCarry { cookie: u64, carry: Vec<u8> },
+    /// Close this connection: it has ended in the owner, or cannot be continued.
+    ConnectionClosed { cookie: u64 },
+    /// Take up what was carried over and serve, then call [`Service::serving`].
+    BecomeOwner { handover: u64 },
+    /// Stop taking work; finish and flush what is possible by `deadline`; then call [`Service::yielded`].
+    Quiesce { handover: u64, deadline: Instant },
+    /// Finish by `deadline`, call [`Service::drained`] and exit.
+    Retire { deadline: Instant },
+    /// No supervisor will ever speak again: stop watching [`Service::control_fd`]. An owner goes on serving.
+    ControlLost,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Follower,
+    Owner,
+}
+
+#[derive(Debug)]
+struct Link {
+    channel: ServiceChannel,
+    page: ControlView,
+    generation: u32,
+    lost: bool,
+}
+
+/// A connection that the service has open.
+#[derive(Debug)]
+struct Known {
+    /// Number of a descriptor that the service owns. Its cookie is compared before every use, so that a number
+    /// the service closed (and the kernel gave away again) is never sent for somebody else's connection.
+    fd: RawFd,
+    listener: String,
+}
+
+/// What this process carried over when it yielded, in case nobody takes it up.
+#[derive(Debug)]
+struct Yielded {
+    carry: HashMap<u64, Vec<u8>>,
+    word: ControlWord,
+    page_replaced: bool,
+}
+
+/// See the crate's documentation.
+#[derive(Debug)]
+pub struct Service<S> {
+    link: Option<Link>,
+    listeners: Vec<Listener>,
+    state: S,
+    role: Role,
+    connections: HashMap<u64, Known>,
+    events: VecDeque<Event>,
+    outbox: Outbox,
+    /// A follower wants to hear of every change.
+    follow: bool,
+    resend: VecDeque<u64>,
+    opened: Vec<u64>,
+    closed: Vec<u64>,
+    caught_up: Option<(u64, Option<LogPosition>)>,
+    quiescing: Option<(u64, Instant)>,
+    serving_for: Option<u64>,
+    yielded: Option<Yielded>,
+    /// Connections for which a follower may hold a carry of a handover that was given up.
+    stale_carry: HashSet<u64>,
+    /// Carries of which pieces are still to come.
+    pieces: HashMap<u64, Vec<u8>>,
+    state_broken: bool,
+}
+
+/// Takes part as the environment says: under a supervisor, or alone with the listeners of `LISTEN_FDS`.
+///
+/// # Errors
+/// When the environment is damaged, or the supervisor does not answer.
+pub fn join<S: State>(state: S) -> Result<Service<S>, SdkError> {
+    let listeners = environment::listeners()?;
+    match environment::control_fd()? {
+        Some(fd) => Service::with_channel(state, listeners, ServiceChannel::from_fd(fd)?),
+        None => Ok(Service::alone(state, listeners)),
+    }
+}
+
+impl<S: State> Service<S> {
+    /// Runs by itself, without a supervisor, on addresses of its own.
+    ///
+    /// # Errors
+    /// When an address cannot be listened on.
+    pub fn standalone(state: S, listen: &[(&str, SocketAddr)]) -> Result<Self, SdkError> {
+        let listeners = listen.iter().map(|(name, address)| {
+            let failed = |source| SdkError::Listen { address: *address, source };
+            let fd = OwnedFd::from(TcpListener::bind(address).map_err(failed)?);
+            environment::set_nonblocking(&fd)?;
+            Ok(Listener::new((*name).to_owned(), fd))
+        });
+        Ok(Self::alone(state, listeners.collect::<Result<_, SdkError>>()?))
+    }
+
+    fn alone(state: S, listeners: Vec<Listener>) -> Self {
+        let mut service = Self::assemble(state, listeners, None);
+        service.own(0, None, None, false);
+        service
+    }
+
+    /// Joins over a channel that the caller brings (tests, embedding).
+    ///
+    /// # Errors
+    /// When the supervisor does not welcome this process.
+    pub fn with_channel(state: S, listeners: Vec<Listener>, mut channel: ServiceChannel) -> Result<Self, SdkError> {
+        let (schemas_read, schema_written) = state.schemas();
+        let sdk = env!("CARGO_PKG_VERSION").to_owned();
+        channel.send(&ToSupervisor::Hello { protocol: PROTOCOL_VERSION, sdk, schemas_read, schema_written }, &[])?;
+        let (welcome, fds) = channel.recv_timeout(WELCOME_TIME_MAX)?.ok_or(SdkError::NoWelcome)?;
+        let ToService::Welcome { service: _, generation, owner } = welcome else {
+            return Err(SdkError::Unexpected { got: name_of(&welcome) });
+        };
+        // The channel has checked that the one descriptor is there.
+        let page = fds.first().ok_or(SdkError::Unexpected { got: "Welcome without a page" })?;
+        let page = ControlView::map(page.as_fd())?;
+        let mut service = Self::assemble(state, listeners, Some(Link { channel, page, generation, lost: false }));
+        if owner {
+            service.own(0, None, None, false);
+        }
+        Ok(service)
+    }
+
+    fn assemble(state: S, listeners: Vec<Listener>, link: Option<Link>) -> Self {
+        Self {
+            link,
+            listeners,
+            state,
+            role: Role::Follower,
+            connections: HashMap::new(),
+            events: VecDeque::new(),
+            outbox: Outbox::default(),
+            follow: false,
+            resend: VecDeque::new(),
+            opened: Vec::new(),
+            closed: Vec::new(),
+            caught_up: None,
+            quiescing: None,
+            serving_for: None,
+            yielded: None,
+            stale_carry: HashSet::new(),
+            pieces: HashMap::new(),
+            state_broken: false,
+        }
+    }
+
+    #[must_use]
+    pub fn listeners(&self) -> &[Listener] {
+        &self.listeners
+    }
+
+    /// To watch for reading; `None` when there is no supervisor.
+    #[must_use]
+    pub fn control_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.link.as_ref().filter(|link| !link.lost).map(|link| link.channel.as_fd())
+    }
+
+    /// After [`Event::ControlLost`]: the descriptor that is not to be watched any more.
+    #[must_use]
+    pub fn lost_control_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.link.as_ref().filter(|link| link.lost).map(|link| link.channel.as_fd())
+    }
+
+    #[must_use]
+    pub fn state(&self) -> &S {
+        &self.state
+    }
+
+    #[must_use]
+    pub fn state_mut(&mut self) -> &mut S {
+        &mut self.state
+    }
+
+    #[must_use]
+    pub fn is_owner(&self) -> bool {
+        self.role == Role::Owner
+    }
+
+    /// This process's generation; 0 without a supervisor.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.link.as_ref().map_or(0, |link| link.generation)
+    }
+
+    /// To be asked before anything leaves that a client can see: one load of the control word.
+    #[must_use]
+    pub fn may_write(&self) -> bool {
+        self.role == Role::Owner && self.link.as_ref().is_none_or(|link| link.page.load().owner == link.generation)
+    }
+
+    /// How long the loop may sleep before it calls [`Self::poll`] again, whatever happens to its descriptors.
+    #[must_use]
+    pub fn wake_within(&self) -> Option<Duration> {
+        let link = self.link.as_ref().filter(|link| !link.lost)?;
+        let _ = link;
+        if !self.events.is_empty() || !self.resend.is_empty() {
+            Some(Duration::ZERO)
+        } else if !self.outbox.is_empty() {
+            Some(RETRY_INTERVAL)
+        } else if self.role == Role::Follower && self.state.position().is_some() && !self.state_broken {
+            Some(FOLLOW_INTERVAL)
+        } else {
+            None
+        }
+    }
+
+    /// Says that this process is initialised. Call once, before the loop.
+    ///
+    /// # Errors
+    /// When the conversation broke.
+    pub fn ready(&mut self) -> Result<(), SdkError> {
+        self.tell(ToSupervisor::Ready, Vec::new())
+    }
+
+    /// After [`Event::BecomeOwner`]: this process serves.
+    ///
+    /// # Errors
+    /// When the conversation broke.
+    pub fn serving(&mut self) -> Result<(), SdkError> {
+        let Some(handover) = self.serving_for.take() else { return Ok(()) };
+        self.mark(MARK_SERVING, handover);
+        self.tell(ToSupervisor::Owned { handover, connections: self.connections.len() as u64 }, Vec::new())
+    }
+
+    /// After [`Event::Retire`]: nothing is left to do, the process is about to exit.
+    ///
+    /// # Errors
+    /// When the conversation broke.
+    pub fn drained(&mut self) -> Result<(), SdkError> {
+        self.tell(ToSupervisor::Drained, Vec::new())
+    }
+
+    /// A connection was accepted on listener `listener` (its place in [`Self::listeners`]). The service keeps the
+    /// descriptor open until it calls [`Self::connection_closed`] with the cookie that this returns.
+    ///
+    /// # Errors
+    /// When `fd` is no socket.
+    pub fn connection_opened(&mut self, fd: BorrowedFd<'_>, listener: usize) -> Result<u64, SdkError> {
+        let cookie = socket_cookie(fd).map_err(|source| SdkError::System { what: "identify a socket", source })?;
+        let listener = self.listeners.get(listener).map_or_else(String::new, |listener| listener.name.clone());
+        self.connections.insert(cookie, Known { fd: fd.as_raw_fd(), listener });
+        if self.follow {
+            self.opened.push(cookie);
+        }
+        Ok(cookie)
+    }
+
+    /// The service has closed its descriptor of this connection.
+    pub fn connection_closed(&mut self, cookie: u64) {
+        if self.connections.remove(&cookie).is_some() && self.follow {
+            self.closed.push(cookie);
+        }
+    }
+
+    /// How many connections this process holds.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Publishes the state changed since the last call. Before any reply about it leaves.
+    ///
+    /// # Errors
+    /// When the conversation broke.
+    pub fn commit(&mut self) -> Result<Option<LogPosition>, SdkError> {
+        // The supervisor learns of a segment before anything in it is acknowledged.
+        while let Some(notice) = self.state.take_notice() {
+            self.announce(notice)?;
+        }
+        Ok(self.state.commit())
+    }
+
+    fn announce(&mut self, notice: SegmentNotice) -> Result<(), SdkError> {
+        if self.link.as_ref().is_none_or(|link| link.lost) {
+            return Ok(());
+        }
+        match notice {
+            SegmentNotice::New(index) => {
+                let Some(fd) = self.state.segment_fd(index) else { return Ok(()) };
+                let fd = fd
+                    .try_clone_to_owned()
+                    .map_err(|source| SdkError::System { what: "duplicate a segment", source })?;
+                self.tell(ToSupervisor::Segment { index }, vec![fd])
+            }
+            SegmentNotice::Retired(index) if self.outbox.forget_segment(index) => Ok(()),
+            SegmentNotice::Retired(index) => self.tell(ToSupervisor::SegmentRetired { index }, Vec::new()),
+        }
+    }
+
+    /// After [`Event::Quiesce`]: this process has stopped serving. `carry` holds, for each connection that needs it, the
+    /// unparsed input, unsent output and whatever else the successor must know, in the service's own encoding.
+    ///
+    /// # Errors
+    /// When the conversation broke. A successor that never comes is no error: [`Event::BecomeOwner`] will follow.
+    pub fn yielded(&mut self, carry: Vec<(u64, Vec<u8>)>) -> Result<(), SdkError> {
+        let Some((handover, deadline)) = self.quiescing.take() else { return Ok(()) };
+        self.mark(MARK_STOPPED, handover);
+        let commit = self.commit()?;
+        while !self.resend.is_empty() {
+            self.send_some_connections()?;
+        }
+        self.send_changes()?;
+        let kept: HashMap<u64, Vec<u8>> =
+            carry.into_iter().filter(|(cookie, _)| self.connections.contains_key(cookie)).collect();
+        let outdated: Vec<u64> = self.stale_carry.drain().filter(|cookie| !kept.contains_key(cookie)).collect();
+        let mut records = Vec::new();
+        for cookie in outdated.into_iter().filter(|cookie| self.connections.contains_key(cookie)) {
+            records.push(self.record(cookie, &[], false, false));
+        }
+        for (cookie, carry) in &kept {
+            let pieces = carry.chunks(CARRY_LEN_MAX).collect::<Vec<_>>();
+            for (at, piece) in pieces.iter().enumerate() {
+                records.push(self.record(*cookie, piece, false, at + 1 < pieces.len()));
+            }
+        }
+        self.push_records(&records, Vec::new());
+        self.state.become_follower();
+        self.role = Role::Follower;
+        self.follow = false;
+        let word = self.link.as_ref().map_or_else(ControlWord::default, |link| link.page.load());
+        self.yielded = Some(Yielded { carry: kept, word, page_replaced: false });
+        let connections_open = self.connections.len() as u64;
+        self.outbox.push(ToSupervisor::Yielded { handover, commit, connections_open }, Vec::new());
+        let Some(link) = self.link.as_ref() else { return Ok(()) };
+        // Nobody is served now, so this may wait for a supervisor that reads slowly, within the budget.
+        let sent = self.outbox.flush_until(&link.channel, deadline);
+        self.survive(sent.map(drop))
+    }
+
+    /// The next thing to do. Never blocks; `None` when there is nothing (left) to do.
+    ///
+    /// # Errors
+    /// When the supervisor broke the protocol. An owner may go on serving: no further event will come.
+    pub fn poll(&mut self) -> Result<Option<Event>, SdkError> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(Some(event));
+            }
+            let Some(link) = self.link.as_mut().filter(|link| !link.lost) else { return Ok(None) };
+            match link.channel.try_recv() {
+                Ok(Some((message, fds))) => self.handle(message, fds)?,
+                Ok(None) => {
+                    self.work()?;
+                    if self.events.is_empty() {
+                        return Ok(None);
+                    }
+                }
+                Err(ChannelError::Closed) => self.lose(),
+                Err(error) => {
+                    self.lose();
+                    return Err(error.into());
+                }
+            }
+        }
+    }
+
+    /// What is to be done when no message waits.
+    fn work(&mut self) -> Result<(), SdkError> {
+        if self.role == Role::Follower {
+            self.follow_log();
+        }
+        self.send_some_connections()?;
+        self.send_changes()?;
+        self.answer_caught_up()?;
+        self.flush()
+    }
+
+    fn follow_log(&mut self) {
+        if self.state_broken {
+            return;
+        }
+        if let Err(error) = self.state.follow() {
+            // Said once. This process can not become owner any more; its `Own` would fail with the same reason.
+            self.state_broken = true;
+            self.fail(describe(&error));
+        }
+    }
+
+    fn handle(&mut self, message: ToService, fds: Vec<OwnedFd>) -> Result<(), SdkError> {
+        match message {
+            ToService::Welcome { .. } => {}
+            ToService::ControlPage => {
+                if let (Some(link), Some(fd)) = (self.link.as_mut(), fds.first()) {
+                    link.page = ControlView::map(fd.as_fd())?;
+                    if let Some(yielded) = &mut self.yielded {
+                        yielded.page_replaced = true;
+                    }
+                }
+            }
+            ToService::Segment { index } => {
+                if self.role == Role::Follower
+                    && let Some(fd) = fds.into_iter().next()
+                {
+                    match self.state.add_segment(index, fd) {
+                        // A parked process hears of segments that it has, or made itself.
+                        Ok(()) | Err(LogError::Duplicate { .. }) => {}
+                        Err(error) => {
+                            self.state_broken = true;
+                            self.fail(describe(&error));
+                        }
+                    }
+                }
+            }
+            ToService::SegmentRetired { index } => {
+                if self.role == Role::Follower
+                    && !self.state_broken
+                    && let Err(error) = self.state.retire_segment(index)
+                {
+                    self.fail(describe(&error));
+                }
+            }
+            ToService::Follow { on } => {
+                self.follow = on && self.role == Role::Owner;
+                self.opened.clear();
+                self.closed.clear();
+                self.resend = if self.follow { self.connections.keys().copied().collect() } else { VecDeque::new() };
+            }
+            ToService::Connections { records } => self.take_connections(records, fds),
+            ToService::ConnectionsClosed { cookies } => {
+                if self.role == Role::Follower {
+                    for cookie in cookies {
+                        self.drop_connection(cookie);
+                    }
+                }
+            }
+            ToService::CaughtUp { round, commit } => {
+                self.caught_up = Some((round, commit));
+                if self.role == Role::Follower {
+                    self.follow_log();
+                }
+                self.answer_caught_up()?;
+            }
+            ToService::Yield { handover, budget_us } => {
+                if self.role == Role::Owner {
+                    let deadline = Instant::now() + Duration::from_micros(budget_us);
+                    self.quiescing = Some((handover, deadline));
+                    self.events.push_back(Event::Quiesce { handover, deadline });
+                } else {
+                    self.fail(format!("asked to yield for handover {handover}, but this process does not own"));
+                }
+            }
+            ToService::Own { handover, commit, connections_open, follow } => {
+                self.own(handover, commit, connections_open, follow);
+            }
+            ToService::Retire { drain_ms } => {
+                let deadline = Instant::now() + Duration::from_millis(drain_ms);
+                self.events.push_back(Event::Retire { deadline });
+            }
+        }
+        Ok(())
+    }
+
+    fn own(&mut self, handover: u64, commit: Option<LogPosition>, connections_open: Option<u64>, follow: bool) {
+        if self.role == Role::Owner {
+            // Owns already: a handover was called off before it yielded, or a new supervisor makes sure.
+            self.quiescing = None;
+            self.events.retain(|event| !matches!(event, Event::Quiesce { .. }));
+            let answer = ToSupervisor::Owned { handover, connections: self.connections.len() as u64 };
+            self.outbox.push(answer, Vec::new());
+            return;
+        }
+        if let Err(error) = self.state.become_owner(commit) {
+            self.fail(describe(&error));
+            return;
+        }
+        self.role = Role::Owner;
+        self.pieces.clear();
+        self.settle_connections(connections_open);
+        self.follow = follow;
+        self.serving_for = Some(handover);
+        self.events.push_back(Event::BecomeOwner { handover });
+    }
+
+    fn answer_caught_up(&mut self) -> Result<(), SdkError> {
+        let Some((round, wanted)) = self.caught_up else { return Ok(()) };
+        let commit = match self.role {
+            Role::Owner => {
+                if !self.resend.is_empty() {
+                    return Ok(());
+                }
+                self.send_changes()?;
+                self.commit()?
+            }
+            Role::Follower => {
+                let at = self.state.position();
+                if self.state_broken || wanted.is_some() && at < wanted {
+                    return Ok(());
+                }
+                at
+            }
+        };
+        self.caught_up = None;
+        self.tell(ToSupervisor::CaughtUp { round, commit, connections: self.connections.len() as u64 }, Vec::new())
+    }
+
+    fn fail(&mut self, what: String) {
+        self.outbox.push(ToSupervisor::Failed { what }, Vec::new());
+    }
+
+    fn tell(&mut self, message: ToSupervisor, fds: Vec<OwnedFd>) -> Result<(), SdkError> {
+        if self.link.is_none() {
+            return Ok(());
+        }
+        self.outbox.push(message, fds);
+        self.flush()
+    }
+
+    fn flush(&mut self) -> Result<(), SdkError> {
+        let Some(link) = self.link.as_ref().filter(|link| !link.lost) else { return Ok(()) };
+        let sent = self.outbox.flush(&link.channel);
+        self.survive(sent.map(drop))
+    }
+
+    /// A closed channel is an event, not an error.
+    fn survive(&mut self, result: Result<(), ChannelError>) -> Result<(), SdkError> {
+        match result {
+            Err(ChannelError::Closed) => {
+                self.lose();
+                Ok(())
+            }
+            other => other.map_err(SdkError::from),
+        }
+    }
+
+    fn lose(&mut self) {
+        let Some(link) = self.link.as_mut().filter(|link| !link.lost) else { return };
+        link.lost = true;
+        self.outbox = Outbox::default();
+        self.follow = false;
+        self.events.push_back(Event::ControlLost);
+        if self.role == Role::Follower {
+            // It can never become owner.
+            self.events.push_back(Event::Retire { deadline: Instant::now() });
+        }
+    }
+
+    fn mark(&self, mark: libc::c_ulong, handover: u64) {
+        let Some(link) = &self.link else { return };
+        // SAFETY: an option that the kernel does not know: it looks at no argument and returns EINVAL. The probes see
+        // the call.
+        unsafe { libc::prctl(MARK_OPTION, mark, handover as libc::c_ulong, libc::c_ulong::from(link.generation), 0) };
+    }
+}
+
+fn name_of(message: &ToService) -> &'static str {
+    match message {
+        ToService::Welcome { .. } => "Welcome",
+        ToService::ControlPage => "ControlPage",
+        ToService::Segment { .. } => "Segment",
+        ToService::SegmentRetired { .. } => "SegmentRetired",
+        ToService::Follow { .. } => "Follow",
+        ToService::Connections { .. } => "Connections",
+        ToService::ConnectionsClosed { .. } => "ConnectionsClosed",
+        ToService::CaughtUp { .. } => "CaughtUp",
+        ToService::Yield { .. } => "Yield",
+        ToService::Own { .. } => "Own",
+        ToService::Retire { .. } => "Retire",
+    }
+}
+
+/// An error with its causes, on one line, for the supervisor's report.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

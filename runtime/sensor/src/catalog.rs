@@ -1,0 +1,263 @@
+//! The list of probes: what each is for, where it attaches, what it needs of the kernel.
+
+use serde::Serialize;
+use warmswap_events::Layout;
+
+use crate::layout::Need;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hook {
+    /// A raw tracepoint, by name.
+    Tracepoint(&'static str),
+    /// Packets arriving at, or leaving, any socket below the root of the v2 hierarchy.
+    Ingress,
+    Egress,
+    /// No program of its own: a part of another one, switched off by itself when the kernel lacks a field.
+    PartOf(&'static str),
+}
+
+pub(crate) struct Probe {
+    /// What users read.
+    pub(crate) name: &'static str,
+    /// The program in the object, where it depends on the kernel which one.
+    pub(crate) program: fn(&Layout) -> &'static str,
+    /// The same for a tracepoint whose arguments the verifier knows by type: cheaper, tried first.
+    pub(crate) typed: Option<&'static str>,
+    pub(crate) class: &'static str,
+    pub(crate) hook: Hook,
+    pub(crate) needs: fn(&Layout) -> Vec<Need>,
+}
+
+fn none(_: &Layout) -> Vec<Need> {
+    Vec::new()
+}
+
+fn cgroup_of_task(l: &Layout) -> Vec<Need> {
+    vec![
+        Need::field("task_struct.cgroups", l.task_cgroups),
+        Need::field("css_set.dfl_cgrp", l.css_set_dfl_cgrp),
+        Need::field("cgroup.kn", l.cgroup_kn),
+        Need::field("kernfs_node.id", l.kernfs_id),
+    ]
+}
+
+fn cgroup_of_sock(l: &Layout) -> Vec<Need> {
+    vec![
+        Need::field("sock.sk_cgrp_data", l.sock_cgroup),
+        Need::field("cgroup.kn", l.cgroup_kn),
+        Need::field("kernfs_node.id", l.kernfs_id),
+        Need::field("sock.skc_num", l.sock_port_local),
+        Need::field("sock.skc_dport", l.sock_port_remote),
+        Need::field("sock.skc_state", l.sock_state),
+    ]
+}
+
+fn with(mut needs: Vec<Need>, more: Vec<Need>) -> Vec<Need> {
+    needs.extend(more);
+    needs
+}
+
+/// In the order in which they attach; parts after their whole.
+pub(crate) const PROBES: &[Probe] = &[
+    Probe {
+        name: "exec",
+        program: |_| "process_exec",
+        typed: None,
+        class: "processes",
+        hook: Hook::Tracepoint("sched_process_exec"),
+        needs: none,
+    },
+    Probe {
+        name: "fork",
+        program: |_| "process_fork",
+        typed: None,
+        class: "processes",
+        hook: Hook::Tracepoint("sched_process_fork"),
+        needs: |l| {
+            vec![
+                Need::field("task_struct.pid", l.task_pid),
+                Need::field("task_struct.tgid", l.task_tgid),
+                Need::argument("the child of sched_process_fork", l.arg_fork_child, &[1]),
+            ]
+        },
+    },
+    Probe {
+        name: "exit",
+        program: |_| "process_exit",
+        typed: None,
+        class: "processes",
+        hook: Hook::Tracepoint("sched_process_exit"),
+        needs: none,
+    },
+    Probe {
+        name: "system-calls",
+        program: |_| "system_call",
+        typed: Some("system_call_typed"),
+        class: "system calls",
+        hook: Hook::Tracepoint("sys_exit"),
+        needs: none,
+    },
+    Probe {
+        name: "file-bytes",
+        program: |_| "system_call",
+        typed: None,
+        class: "system calls",
+        hook: Hook::PartOf("system-calls"),
+        needs: |l| vec![Need::field("pt_regs.orig_ax", l.regs_syscall)],
+    },
+    Probe {
+        name: "marks",
+        program: |_| "system_call",
+        typed: None,
+        class: "handover",
+        hook: Hook::PartOf("system-calls"),
+        needs: |l| {
+            vec![
+                Need::field("pt_regs.orig_ax", l.regs_syscall),
+                Need::field("pt_regs.di", l.regs_arg[0]),
+                Need::field("pt_regs.si", l.regs_arg[1]),
+                Need::field("pt_regs.dx", l.regs_arg[2]),
+                Need::field("pt_regs.r10", l.regs_arg[3]),
+            ]
+        },
+    },
+    Probe {
+        name: "input",
+        program: |_| "system_call",
+        typed: None,
+        class: "input",
+        hook: Hook::PartOf("system-calls"),
+        needs: |l| {
+            vec![
+                Need::field("pt_regs.orig_ax", l.regs_syscall),
+                Need::field("pt_regs.di", l.regs_arg[0]),
+                Need::field("task_struct.files", l.task_files),
+                Need::field("task_struct.signal", l.task_signal),
+                Need::field("signal_struct.tty", l.signal_tty),
+                Need::field("files_struct.fdt", l.files_fdt),
+                Need::field("fdtable.max_fds", l.fdtable_max_fds),
+                Need::field("fdtable.fd", l.fdtable_fd),
+                Need::field("file.f_inode", l.file_inode),
+                Need::field("inode.i_mode", l.inode_mode),
+                Need::field("inode.i_rdev", l.inode_rdev),
+            ]
+        },
+    },
+    Probe {
+        name: "run-time",
+        program: |_| "switch",
+        typed: Some("switch_typed"),
+        class: "cpu",
+        hook: Hook::Tracepoint("sched_switch"),
+        needs: |l| {
+            let next = Need::argument("the next task of sched_switch", l.arg_switch_next, &[2]);
+            with(cgroup_of_task(l), vec![next])
+        },
+    },
+    Probe {
+        name: "page-faults",
+        program: |_| "page_fault",
+        typed: None,
+        class: "memory",
+        hook: Hook::Tracepoint("page_fault_user"),
+        needs: none,
+    },
+    Probe {
+        name: "out-of-memory",
+        program: |_| "out_of_memory",
+        typed: None,
+        class: "memory",
+        hook: Hook::Tracepoint("mark_victim"),
+        needs: |l| with(cgroup_of_task(l), vec![Need::field("task_struct.tgid", l.task_tgid)]),
+    },
+    Probe {
+        name: "block-io",
+        program: |l| if l.arg_block_request == 0 { "block_issue" } else { "block_issue_queue_first" },
+        typed: None,
+        class: "disk",
+        hook: Hook::Tracepoint("block_rq_issue"),
+        needs: |l| {
+            vec![
+                Need::argument("the request of block_rq_issue", l.arg_block_request, &[0, 1]),
+                Need::field("request.q", l.request_queue),
+                Need::field("request.__sector", l.request_sector),
+                Need::field("request.__data_len", l.request_length),
+            ]
+        },
+    },
+    Probe {
+        name: "block-io-owner",
+        program: |_| "block_issue",
+        typed: None,
+        class: "disk",
+        hook: Hook::PartOf("block-io"),
+        needs: |l| {
+            vec![
+                Need::field("request.bio", l.request_bio),
+                Need::field("bio.bi_blkg", l.bio_blkg),
+                Need::field("blkcg_gq.blkcg", l.blkg_blkcg),
+                Need::field("blkcg.css.cgroup", l.blkcg_cgroup),
+            ]
+        },
+    },
+    Probe {
+        name: "packets-in",
+        program: |_| "net_ingress",
+        typed: None,
+        class: "network",
+        hook: Hook::Ingress,
+        needs: none,
+    },
+    Probe {
+        name: "packets-out",
+        program: |_| "net_egress",
+        typed: None,
+        class: "network",
+        hook: Hook::Egress,
+        needs: none,
+    },
+    Probe {
+        name: "tcp-state",
+        program: |_| "tcp_state",
+        typed: None,
+        class: "network",
+        hook: Hook::Tracepoint("inet_sock_set_state"),
+        needs: |l| {
+            with(cgroup_of_sock(l), vec![Need::argument("the socket of inet_sock_set_state", l.arg_state_sock, &[0])])
+        },
+    },
+    Probe {
+        name: "tcp-resets-sent",
+        program: |_| "tcp_reset_sent",
+        typed: None,
+        class: "network",
+        hook: Hook::Tracepoint("tcp_send_reset"),
+        needs: |l| {
+            with(cgroup_of_sock(l), vec![Need::argument("the socket of tcp_send_reset", l.arg_send_reset_sock, &[0])])
+        },
+    },
+    Probe {
+        name: "tcp-resets-received",
+        program: |_| "tcp_reset_received",
+        typed: None,
+        class: "network",
+        hook: Hook::Tracepoint("tcp_receive_reset"),
+        needs: |l| {
+            let sock = Need::argument("the socket of tcp_receive_reset", l.arg_receive_reset_sock, &[0]);
+            with(cgroup_of_sock(l), vec![sock])
+        },
+    },
+];
+
+/// A probe and what became of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ProbeStatus {
+    pub name: &'static str,
+    /// What it is about: processes, system calls, cpu, memory, disk, network, input, handover.
+    pub class: &'static str,
+    /// Where it attaches, or what it is a part of.
+    pub hook: String,
+    pub attached: bool,
+    /// Why it is switched off.
+    pub reason: Option<String>,
+}

@@ -1,0 +1,398 @@
+//! The draining thread: from the rings to whoever subscribed.
+//!
+//! ```text
+//! urgent ring ──wakes──▶ ┐                       ┌▶ takers of marks
+//!                        ├ one thread, batches ──┤
+//! bulk ring ───timer───▶ ┘                       └▶ subscribers (bounded queues; a full one loses, and counts it)
+//! ```
+//!
+//! It runs with a low real-time priority where that is allowed, so that a busy host does not delay marks; what it does
+//! per wake-up is bounded and followed by a pause, so that a flood of events cannot take the CPU from everybody else.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use warmswap_events::{Class, Control, Record};
+
+use crate::account::Tally;
+use crate::error::SensorError;
+use crate::event::{Classes, Event, Mark, decode};
+use crate::mapped::MappedArray;
+use crate::ring::Ring;
+
+/// Records per batch, and so between two looks at the urgent ring.
+const BATCH_RECORDS: usize = 4096;
+/// After a full batch of the bulk ring everybody else gets this long.
+const PAUSE: Duration = Duration::from_micros(100);
+
+/// What a subscriber wants.
+#[derive(Debug, Clone, Copy)]
+pub struct Subscription {
+    pub classes: Classes,
+    /// Events of all cgroups, not only of watched ones.
+    pub everywhere: bool,
+    /// Events that may wait to be read; what comes beyond is lost and counted.
+    pub capacity: usize,
+}
+
+/// Events as they come. Dropping it ends the subscription.
+#[derive(Debug)]
+pub struct Events {
+    receiver: Receiver<Event>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Events {
+    /// For `recv_timeout`, `try_iter` and `select!`.
+    #[must_use]
+    pub fn receiver(&self) -> &Receiver<Event> {
+        &self.receiver
+    }
+
+    /// How many events found the queue full.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+struct Subscriber {
+    wants: Subscription,
+    sender: Sender<Event>,
+    lost: Arc<AtomicU64>,
+}
+
+enum Command {
+    Subscribe(Subscriber),
+    Marks(Sender<Mark>),
+    /// Read until both rings are empty, then answer.
+    Flush(Sender<()>),
+    Stop,
+}
+
+/// The thread, seen from outside.
+pub(crate) struct Drain {
+    commands: Sender<Command>,
+    wake: OwnedFd,
+    thread: Option<JoinHandle<()>>,
+    realtime: Arc<OnceLock<Result<i32, String>>>,
+}
+
+struct Worker {
+    urgent: Ring,
+    bulk: Ring,
+    commands: Receiver<Command>,
+    wake: OwnedFd,
+    epoll: OwnedFd,
+    control: Arc<MappedArray<Control>>,
+    interval: Duration,
+    router: Router,
+}
+
+/// Who gets what.
+struct Router {
+    subscribers: Vec<Subscriber>,
+    marks: Vec<Sender<Mark>>,
+    tally: Arc<Tally>,
+    unix_minus_monotonic_ns: u64,
+    gone: bool,
+}
+
+impl Drain {
+    pub(crate) fn start(
+        urgent: Ring,
+        bulk: Ring,
+        control: Arc<MappedArray<Control>>,
+        tally: Arc<Tally>,
+        interval: Duration,
+        realtime_priority: Option<i32>,
+    ) -> Result<Self, SensorError> {
+        let failed = |source| SensorError::Thread { source };
+        let wake = event_fd().map_err(failed)?;
+        let epoll = epoll_on(&[urgent.fd().as_raw_fd(), wake.as_raw_fd()]).map_err(failed)?;
+        let (commands, receiver) = bounded(64);
+        let worker = Worker {
+            urgent,
+            bulk,
+            commands: receiver,
+            wake: wake.try_clone().map_err(failed)?,
+            epoll,
+            control,
+            interval,
+            router: Router {
+                subscribers: Vec::new(),
+                marks: Vec::new(),
+                tally,
+                unix_minus_monotonic_ns: unix_minus_monotonic_ns(),
+                gone: false,
+            },
+        };
+        let realtime = Arc::new(OnceLock::new());
+        let outcome = Arc::clone(&realtime);
+        let thread = std::thread::Builder::new()
+            .name("warmswap-sensor".to_owned())
+            .spawn(move || {
+                // First and last writer, so the cell is empty.
+                let _ = outcome.set(realtime_priority.map_or_else(
+                    || Err("not asked for".to_owned()),
+                    |priority| become_realtime(priority).map(|()| priority),
+                ));
+                worker.run();
+            })
+            .map_err(failed)?;
+        Ok(Self { commands, wake, thread: Some(thread), realtime })
+    }
+
+    /// The priority the thread got, or why it has none; `None` until it has run.
+    pub(crate) fn realtime(&self) -> Option<Result<i32, String>> {
+        self.realtime.get().cloned()
+    }
+
+    fn tell(&self, command: Command) {
+        // Fails only when the thread is gone; then there is nothing to tell.
+        if self.commands.send(command).is_ok() {
+            let one = 1u64.to_ne_bytes();
+            // SAFETY: writes 8 bytes from a live buffer to our own event descriptor.
+            unsafe { libc::write(self.wake.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        }
+    }
+
+    pub(crate) fn subscribe(&self, wants: Subscription) -> Events {
+        let (sender, receiver) = bounded(wants.capacity.max(1));
+        let lost = Arc::new(AtomicU64::new(0));
+        self.tell(Command::Subscribe(Subscriber { wants, sender, lost: Arc::clone(&lost) }));
+        // The probes send as soon as the thread has taken the subscription; wait for that, so that what the caller does
+        // next is seen.
+        self.flush();
+        Events { receiver, lost }
+    }
+
+    pub(crate) fn marks(&self, capacity: usize) -> Receiver<Mark> {
+        let (sender, receiver) = bounded(capacity);
+        self.tell(Command::Marks(sender));
+        self.flush();
+        receiver
+    }
+
+    /// Waits until everything emitted before has been read.
+    pub(crate) fn flush(&self) {
+        let (done, wait) = bounded(1);
+        self.tell(Command::Flush(done));
+        // An error means that the thread is gone.
+        let _ = wait.recv();
+    }
+}
+
+impl Drop for Drain {
+    fn drop(&mut self) {
+        self.tell(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the sensor's draining thread had panicked");
+        }
+    }
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut bulk_at = Instant::now();
+        loop {
+            let timeout = self.bulk_wanted().then(|| self.interval.saturating_sub(bulk_at.elapsed()));
+            self.wait(timeout);
+            self.urgent.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
+            if bulk_at.elapsed() >= self.interval {
+                self.drain_bulk();
+                bulk_at = Instant::now();
+                self.router.unix_minus_monotonic_ns = unix_minus_monotonic_ns();
+            }
+            if !self.obey() {
+                return;
+            }
+            if self.router.gone {
+                self.router.gone = false;
+                self.publish_wants();
+            }
+        }
+    }
+
+    /// Whether the kernel sends anything that only the timer picks up.
+    fn bulk_wanted(&self) -> bool {
+        !self.router.subscribers.is_empty()
+    }
+
+    fn wait(&self, timeout: Option<Duration>) {
+        let timeout_ms = timeout.map_or(-1, |t| i32::try_from(t.as_millis().max(1)).unwrap_or(i32::MAX));
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 2];
+        // SAFETY: the buffer holds the two events asked for. An interruption by a signal only makes a round early.
+        unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), 2, timeout_ms) };
+        let mut count = [0u8; 8];
+        // SAFETY: reads 8 bytes into a live buffer from our own non-blocking event descriptor.
+        unsafe { libc::read(self.wake.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+    }
+
+    /// Empties the bulk ring, with pauses and without making the urgent one wait.
+    fn drain_bulk(&mut self) {
+        // A ring refilled faster than it is read would hold us here; the next round comes soon enough.
+        for _ in 0..64 {
+            let records = self.bulk.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
+            self.urgent.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
+            if records < BATCH_RECORDS {
+                return;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// False when it is time to stop.
+    fn obey(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Subscribe(subscriber) => {
+                    self.router.subscribers.push(subscriber);
+                    self.publish_wants();
+                }
+                Command::Marks(sender) => self.router.marks.push(sender),
+                Command::Flush(done) => {
+                    self.urgent.drain(usize::MAX, |bytes| self.router.route(bytes));
+                    self.drain_bulk();
+                    // The asker may have gone.
+                    let _ = done.send(());
+                }
+                Command::Stop => return false,
+            }
+        }
+        true
+    }
+
+    /// Tells the probes which classes anybody wants.
+    fn publish_wants(&self) {
+        let classes = self.router.subscribers.iter().fold(0, |bits, s| bits | s.wants.classes.bits());
+        let everywhere = self.router.subscribers.iter().any(|s| s.wants.everywhere);
+        let [_epoch, classes_word, everywhere_word] = self.control.words(0) else { return };
+        // Relaxed: the probes read each word by itself and need no order between them.
+        classes_word.store(classes, Ordering::Relaxed);
+        everywhere_word.store(u64::from(everywhere), Ordering::Relaxed);
+    }
+}
+
+impl Router {
+    fn route(&mut self, bytes: &[u8]) {
+        let Some((record, path)) = decode(bytes) else {
+            self.tally.count_malformed();
+            return;
+        };
+        let Some(class) = Class::from_u32(record.class) else { return };
+        let marked = self.give_mark(&record);
+        let seen = self.give_event(class, &record, path);
+        self.tally.count(class, marked || seen);
+    }
+
+    fn give_mark(&mut self, record: &Record) -> bool {
+        let Some(mark) = Mark::of(record) else { return false };
+        let mut given = false;
+        self.marks.retain(|taker| match taker.try_send(mark) {
+            Ok(()) => {
+                given = true;
+                true
+            }
+            Err(TrySendError::Full(_)) => {
+                tracing::warn!(?mark, "a taker of marks does not read them; this one is lost to it");
+                true
+            }
+            Err(TrySendError::Disconnected(_)) => false,
+        });
+        given
+    }
+
+    fn give_event(&mut self, class: Class, record: &Record, path: &[u8]) -> bool {
+        let wants = |s: &Subscriber| s.wants.classes.contains(class) && (s.wants.everywhere || record.slot != 0);
+        if !self.subscribers.iter().any(wants) {
+            return false;
+        }
+        let Some(event) = Event::of(record, path, self.unix_minus_monotonic_ns) else { return false };
+        let mut given = false;
+        self.subscribers.retain(|subscriber| {
+            if !wants(subscriber) {
+                return true;
+            }
+            match subscriber.sender.try_send(event.clone()) {
+                Ok(()) => given = true,
+                Err(TrySendError::Full(_)) => {
+                    subscriber.lost.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(TrySendError::Disconnected(_)) => {
+                    self.gone = true;
+                    return false;
+                }
+            }
+            true
+        });
+        given
+    }
+}
+
+fn event_fd() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; the result is checked and then owned by nobody else.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor the kernel just gave us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn epoll_on(fds: &[i32]) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor the kernel just gave us.
+    let epoll = unsafe { OwnedFd::from_raw_fd(fd) };
+    for fd in fds {
+        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: *fd as u64 };
+        // SAFETY: a live event structure; the kernel copies it.
+        if unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, *fd, &raw mut event) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(epoll)
+}
+
+/// Puts the calling thread under SCHED_FIFO, threads and processes it starts not.
+fn become_realtime(priority: i32) -> Result<(), String> {
+    let parameters = libc::sched_param { sched_priority: priority };
+    // SAFETY: a live structure; 0 is the calling thread.
+    let result =
+        unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    Err(if error.raw_os_error() == Some(libc::EPERM) {
+        "the kernel refused real-time priority: no CAP_SYS_NICE, or a cpu cgroup with cpu.rt_runtime_us = 0".to_owned()
+    } else {
+        format!("the kernel refused real-time priority: {error}")
+    })
+}
+
+fn clock_ns(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a live structure and a clock that exists on every Linux.
+    unsafe { libc::clock_gettime(clock, &raw mut time) };
+    (time.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec as u64)
+}
+
+pub(crate) fn monotonic_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC)
+}
+
+fn unix_minus_monotonic_ns() -> u64 {
+    clock_ns(libc::CLOCK_REALTIME).wrapping_sub(monotonic_ns())
+}

@@ -1,0 +1,275 @@
+//! Loads the probes and turns their rings and counters into one-second feature windows.
+//!
+//! ```text
+//! probes ──counters, mapped──▶ windows()                  (no system call, no lock)
+//!        ──urgent ring──▶ ┐
+//!        ──bulk ring────▶ ┴ draining thread ──▶ marks(), subscribe()
+//! ```
+//!
+//! A *watched* cgroup has a slot in the counters and yields windows; what happens in cgroups below it belongs to it,
+//! unless they are watched themselves: the deepest watched one wins. Sockets belong to the cgroup they were created
+//! in (accepted ones to their listener's), everything else to the cgroup of the process.
+//!
+//! Not here: what the numbers mean, memory in use (the back end knows), or any influence on what is watched.
+
+mod account;
+mod btf;
+mod catalog;
+mod check;
+mod drain;
+mod error;
+mod event;
+mod host;
+mod layout;
+mod load;
+mod mapped;
+mod ring;
+mod windows;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam::channel::Receiver;
+use warmswap_events::{SLOTS_MAX, map};
+use warmswap_model::{CgroupId, FeatureWindow};
+
+pub use account::{Accounting, ClassTotals};
+pub use btf::BtfError;
+pub use catalog::ProbeStatus;
+pub use check::{Finding, FindingState, check};
+pub use drain::{Events, Subscription};
+pub use error::SensorError;
+pub use event::{Classes, Detail, Event, Mark, UnknownClass, make_mark};
+pub use host::{CgroupMounts, cgroup_id, cgroup_path};
+pub use warmswap_events::Class;
+pub use windows::DiskSource;
+
+use account::Tally;
+use drain::Drain;
+use load::Loaded;
+use windows::Watched;
+
+pub type Result<T> = std::result::Result<T, SensorError>;
+
+/// Marks that may wait to be read, per taker. A handover makes two.
+const MARKS_MAX: usize = 4096;
+
+#[derive(Debug, Clone)]
+pub struct SensorConfig {
+    /// How many cgroups can be watched at once, 1 to 4,094. Each costs 192 bytes per CPU and 2 KiB.
+    pub watched_max: u32,
+    /// Room for events that wait for the timer: a power of two, a page or more.
+    pub bulk_ring_bytes: u32,
+    /// How often the bulk ring is read.
+    pub drain_interval: Duration,
+    /// SCHED_FIFO priority (1 to 99) of the draining thread; `None` for ordinary priority.
+    pub realtime_priority: Option<i32>,
+    /// Names of probes to leave off, as [`Sensor::probes`] lists them.
+    pub disabled: Vec<String>,
+}
+
+impl Default for SensorConfig {
+    fn default() -> Self {
+        Self {
+            watched_max: 256,
+            bulk_ring_bytes: 1024 * 1024,
+            drain_interval: Duration::from_millis(50),
+            realtime_priority: Some(10),
+            disabled: Vec::new(),
+        }
+    }
+}
+
+impl SensorConfig {
+    fn validate(&self) -> Result<()> {
+        let refuse = |what, value: u64, range| Err(SensorError::Config { what, value, range });
+        if !(1..=SLOTS_MAX - 2).contains(&self.watched_max) {
+            return refuse("watched_max", self.watched_max.into(), "1 to 4094");
+        }
+        let page = mapped::page_size() as u64;
+        if !self.bulk_ring_bytes.is_power_of_two() || u64::from(self.bulk_ring_bytes) < page {
+            return refuse("bulk_ring_bytes", self.bulk_ring_bytes.into(), "a power of two, at least a page");
+        }
+        if let Some(priority) = self.realtime_priority
+            && !(1..=99).contains(&priority)
+        {
+            return refuse("realtime_priority", priority as u64, "1 to 99");
+        }
+        Ok(())
+    }
+}
+
+/// The probes, attached as long as this lives.
+pub struct Sensor {
+    // Stopped first: it reads the rings of `loaded`.
+    drain: Option<Drain>,
+    config: SensorConfig,
+    mounts: CgroupMounts,
+    loaded: Loaded,
+    watched: Vec<Watched>,
+    /// Slots nobody has, the longest unused first: a probe that looked a slot up before it was given back is long
+    /// done when it is given out again.
+    free: VecDeque<u32>,
+    tally: Arc<Tally>,
+}
+
+impl Sensor {
+    /// Loads the BPF object and attaches what this kernel allows; [`Self::probes`] says what it did not.
+    ///
+    /// # Errors
+    /// When nothing can work: no BTF, no right to load BPF, no programs in the binary.
+    pub fn load(config: SensorConfig) -> Result<Self> {
+        config.validate()?;
+        let mounts = CgroupMounts::of_host().unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot read /proc/self/mountinfo; packets will not be seen");
+            CgroupMounts::default()
+        });
+        let loaded = load::load(&config, &mounts)?;
+        let free = (1..=config.watched_max).collect();
+        Ok(Self { drain: None, config, mounts, loaded, watched: Vec::new(), free, tally: Arc::default() })
+    }
+
+    /// Every probe, and why it is off when it is.
+    #[must_use]
+    pub fn probes(&self) -> &[ProbeStatus] {
+        &self.loaded.probes
+    }
+
+    /// Starts the draining thread; does nothing the second time. Without it counters work, events wait in the rings.
+    ///
+    /// # Errors
+    /// When the thread or its descriptors cannot be had.
+    pub fn start(&mut self) -> Result<()> {
+        let (Some(urgent), Some(bulk)) = (self.loaded.urgent.take(), self.loaded.bulk.take()) else { return Ok(()) };
+        let control = Arc::clone(&self.loaded.control);
+        let tally = Arc::clone(&self.tally);
+        let config = &self.config;
+        self.drain = Some(Drain::start(urgent, bulk, control, tally, config.drain_interval, config.realtime_priority)?);
+        Ok(())
+    }
+
+    /// The real-time priority of the draining thread, or why it has none; `None` before it has run.
+    #[must_use]
+    pub fn realtime(&self) -> Option<std::result::Result<i32, String>> {
+        self.drain.as_ref()?.realtime()
+    }
+
+    /// Events from now on. Needs [`Self::start`]: starts the thread when it does not run.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn subscribe(&mut self, wants: Subscription) -> Result<Events> {
+        Ok(self.drain()?.subscribe(wants))
+    }
+
+    /// Handover marks from now on, of all cgroups. Every taker gets all of them; up to 4,096 may wait.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn marks(&mut self) -> Result<Receiver<Mark>> {
+        Ok(self.drain()?.marks(MARKS_MAX))
+    }
+
+    /// Waits until everything the probes sent before has reached its queue.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn flush(&mut self) -> Result<()> {
+        self.drain()?.flush();
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<&Drain> {
+        self.start()?;
+        // `start` leaves a thread behind or fails; the rings are taken once, so a failed start stays failed.
+        self.drain.as_ref().ok_or_else(|| SensorError::Thread { source: std::io::ErrorKind::NotConnected.into() })
+    }
+
+    /// Counts what happens in this cgroup from now on. Does nothing when it is watched already.
+    ///
+    /// # Errors
+    /// When all places are taken, or the kernel refuses the entry.
+    pub fn watch(&mut self, cgroup: CgroupId) -> Result<()> {
+        if self.watched.iter().any(|watched| watched.cgroup == cgroup) {
+            return Ok(());
+        }
+        let watched_max = self.config.watched_max;
+        let slot = self.free.pop_front().ok_or(SensorError::TooManyWatched { cgroup, watched_max })?;
+        // The counters are read before the kernel knows the slot: whatever its last owner left is not ours.
+        let mut watched = Watched::new(&self.loaded, cgroup, slot, None);
+        if let Err(source) = self.loaded.watched.insert(cgroup.0, slot, 0) {
+            self.free.push_front(slot);
+            return Err(SensorError::MapUpdate { name: map::WATCHED, source });
+        }
+        link_block(&mut self.loaded, &self.mounts, &mut watched);
+        self.watched.push(watched);
+        self.raise_epoch();
+        Ok(())
+    }
+
+    /// Stops counting; what was counted since the last window is lost. Does nothing when it is not watched.
+    pub fn unwatch(&mut self, cgroup: CgroupId) {
+        let Some(at) = self.watched.iter().position(|watched| watched.cgroup == cgroup) else { return };
+        let watched = self.watched.remove(at);
+        // Fails only when the entry is not there, which is what we want.
+        let _ = self.loaded.watched.remove(&cgroup.0);
+        if let Some(block) = watched.block {
+            let _ = self.loaded.watched_block.remove(&block);
+        }
+        self.raise_epoch();
+        self.free.push_back(watched.slot);
+    }
+
+    #[must_use]
+    pub fn watched(&self) -> Vec<CgroupId> {
+        self.watched.iter().map(|watched| watched.cgroup).collect()
+    }
+
+    /// After every change of `WATCHED`: what probes have cached is looked up again.
+    fn raise_epoch(&self) {
+        if let [epoch, ..] = self.loaded.control.words(0) {
+            // Release: after the change of the map, though the system call that made it orders it anyway.
+            epoch.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// One window per watched cgroup, about the time since the last call (or since it is watched). `usage.memory` is 0;
+    /// `usage.disk` comes from [`Self::disk_source`].
+    pub fn windows(&mut self) -> Vec<FeatureWindow> {
+        let disk = self.disk_source();
+        let mut windows = Vec::with_capacity(self.watched.len());
+        for watched in &mut self.watched {
+            if watched.block.is_none() {
+                // The v1 folder may have come after `watch`.
+                link_block(&mut self.loaded, &self.mounts, watched);
+            }
+            windows.push(watched.window(&self.loaded, disk));
+        }
+        windows
+    }
+
+    /// Where `usage.disk` comes from. With [`DiskSource::Block`] on a host whose io controller is not on v2, writes
+    /// that the kernel makes later on its own (write-back) are nobody's.
+    #[must_use]
+    pub fn disk_source(&self) -> DiskSource {
+        let on = self.probes().iter().any(|probe| probe.name == "block-io" && probe.attached);
+        if on { DiskSource::Block } else { DiskSource::Descriptors }
+    }
+
+    /// What became of every record since [`Self::load`], per class.
+    #[must_use]
+    pub fn accounting(&self) -> Accounting {
+        self.tally.totals(&self.loaded.account)
+    }
+}
+
+/// Lets block requests find the slot, once it is known under which id they are charged.
+fn link_block(loaded: &mut Loaded, mounts: &CgroupMounts, watched: &mut Watched) {
+    let Some(block) = host::block_id(mounts, watched.cgroup) else { return };
+    match loaded.watched_block.insert(block, watched.slot, 0) {
+        Ok(()) => watched.block = Some(block),
+        Err(error) => tracing::warn!(cgroup = %watched.cgroup, %error, "block requests of this cgroup are not counted"),
+    }
+}

@@ -1,0 +1,278 @@
+//! Loads the BPF object, creates its maps for this host, and attaches each program on its own.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use aya::maps::{HashMap, Map, MapData};
+use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, RawTracePoint};
+use aya::{Ebpf, EbpfLoader};
+use warmswap_events::{CACHE_LANES, ClassAccount, Control, Counters, Histogram, Layout, Running, global, map};
+
+use crate::SensorConfig;
+use crate::btf::Btf;
+use crate::catalog::{Hook, PROBES, Probe, ProbeStatus};
+use crate::error::SensorError;
+use crate::host::CgroupMounts;
+use crate::layout::{layout_of, syscall_table};
+use crate::mapped::MappedArray;
+use crate::ring::Ring;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/warmswap-probes"));
+
+/// Which probes to try.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) disabled: &'a [String],
+}
+
+/// The loaded object with its maps. Dropping it detaches and unloads everything.
+pub(crate) struct Loaded {
+    // Dropped first: links and programs go before the maps they use.
+    _object: Ebpf,
+    pub(crate) probes: Vec<ProbeStatus>,
+    pub(crate) cpus: usize,
+    pub(crate) counters: MappedArray<Counters>,
+    pub(crate) latency: MappedArray<Histogram>,
+    pub(crate) running: MappedArray<Running>,
+    pub(crate) control: std::sync::Arc<MappedArray<Control>>,
+    pub(crate) account: MappedArray<ClassAccount>,
+    pub(crate) watched: HashMap<MapData, u64, u32>,
+    pub(crate) watched_block: HashMap<MapData, u64, u32>,
+    pub(crate) urgent: Option<Ring>,
+    pub(crate) bulk: Option<Ring>,
+}
+
+/// `Layout` belongs to another crate, so aya's marker needs a type of ours.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct LayoutGlobal(Layout);
+
+// SAFETY: repr(C) of u32 only, so without padding.
+unsafe impl aya::Pod for LayoutGlobal {}
+
+pub(crate) const RING_URGENT_BYTES: u32 = 64 * 1024;
+
+const CPUS_POSSIBLE: &str = "/sys/devices/system/cpu/possible";
+
+/// One more than the highest CPU number that can appear.
+pub(crate) fn cpus_possible() -> Result<u32, SensorError> {
+    let text =
+        std::fs::read_to_string(CPUS_POSSIBLE).map_err(|source| SensorError::Cpus { path: CPUS_POSSIBLE, source })?;
+    let highest = text.trim().rsplit([',', '-']).next().and_then(|number| number.parse::<u32>().ok());
+    let bad = || std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{:?} is no list of CPUs", text.trim()));
+    highest.map(|highest| highest + 1).ok_or_else(|| SensorError::Cpus { path: CPUS_POSSIBLE, source: bad() })
+}
+
+pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loaded, SensorError> {
+    if OBJECT.is_empty() {
+        return Err(SensorError::NoPrograms);
+    }
+    let btf = Btf::of_kernel()?;
+    let layout = LayoutGlobal(layout_of(&btf));
+    let cpus = cpus_possible()?;
+    let slots = config.watched_max + 1;
+    let own_tgid = std::process::id();
+    let syscalls = syscall_table();
+
+    let mut object = EbpfLoader::new()
+        // The programs carry no relocations against kernel types: offsets are globals.
+        .btf(None)
+        .override_global(global::LAYOUT, &layout, true)
+        .override_global(global::CPUS, &cpus, true)
+        .override_global(global::OWN_TGID, &own_tgid, true)
+        .override_global(global::SYSCALLS, &syscalls[..], true)
+        .map_max_entries(map::COUNTERS, slots * cpus)
+        .map_max_entries(map::LATENCY, slots)
+        .map_max_entries(map::RUNNING, cpus)
+        .map_max_entries(map::CACHE, cpus * CACHE_LANES)
+        .map_max_entries(map::WATCHED, slots)
+        .map_max_entries(map::WATCHED_BLOCK, slots)
+        .map_max_entries(map::RING_URGENT, RING_URGENT_BYTES)
+        .map_max_entries(map::RING_BULK, config.bulk_ring_bytes)
+        .load(OBJECT)
+        .map_err(|source| SensorError::Load { source: Box::new(source) })?;
+
+    let wanted = Wanted { disabled: &config.disabled };
+    // aya's own reader, for the type ids of typed tracepoints.
+    let types = aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no typed tracepoints")).ok();
+    let probes = attach_all(&mut object, &btf, &layout.0, types.as_ref(), mounts, wanted);
+
+    let (slots, cpus) = (slots as usize, cpus as usize);
+    let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
+    Ok(Loaded {
+        probes,
+        cpus,
+        counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
+        latency: mapped(&mut object, map::LATENCY, slots)?,
+        running: mapped(&mut object, map::RUNNING, cpus)?,
+        control,
+        account: mapped(&mut object, map::ACCOUNT, warmswap_events::CLASSES)?,
+        watched: hash(&mut object, map::WATCHED)?,
+        watched_block: hash(&mut object, map::WATCHED_BLOCK)?,
+        urgent: Some(ring(&mut object, map::RING_URGENT, RING_URGENT_BYTES)?),
+        bulk: Some(ring(&mut object, map::RING_BULK, config.bulk_ring_bytes)?),
+        _object: object,
+    })
+}
+
+fn mapped<T: crate::mapped::Words>(
+    object: &mut Ebpf,
+    name: &'static str,
+    length: usize,
+) -> Result<MappedArray<T>, SensorError> {
+    match object.map(name) {
+        Some(Map::Array(data)) => {
+            MappedArray::new(data.fd().as_fd(), length).map_err(|source| SensorError::MapMemory { name, source })
+        }
+        _ => Err(SensorError::MapMissing { name }),
+    }
+}
+
+fn ring(object: &mut Ebpf, name: &'static str, bytes: u32) -> Result<Ring, SensorError> {
+    match object.map(name) {
+        Some(Map::RingBuf(data)) => {
+            Ring::new(data.fd().as_fd(), bytes as usize).map_err(|source| SensorError::MapMemory { name, source })
+        }
+        _ => Err(SensorError::MapMissing { name }),
+    }
+}
+
+fn hash(object: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, u64, u32>, SensorError> {
+    let map = object.take_map(name).ok_or(SensorError::MapMissing { name })?;
+    HashMap::try_from(map).map_err(|source| SensorError::MapUpdate { name, source })
+}
+
+fn attach_all(
+    object: &mut Ebpf,
+    btf: &Btf,
+    layout: &Layout,
+    types: Option<&aya::Btf>,
+    mounts: &CgroupMounts,
+    wanted: Wanted<'_>,
+) -> Vec<ProbeStatus> {
+    let mut done: Vec<ProbeStatus> = Vec::with_capacity(PROBES.len());
+    for probe in PROBES {
+        let typed = attach_typed(object, layout, types, wanted, probe);
+        let result = if typed { Ok(()) } else { attach(object, btf, layout, mounts, wanted, probe, &done) };
+        let hook = match probe.hook {
+            Hook::Tracepoint(name) if typed => format!("tracepoint {name}, typed"),
+            Hook::Tracepoint(name) => format!("raw tracepoint {name}"),
+            Hook::Ingress => "cgroup_skb ingress".to_owned(),
+            Hook::Egress => "cgroup_skb egress".to_owned(),
+            Hook::PartOf(whole) => format!("part of {whole}"),
+        };
+        if let Err(reason) = &result {
+            tracing::info!(probe = probe.name, %reason, "probe is off");
+        }
+        done.push(ProbeStatus {
+            name: probe.name,
+            class: probe.class,
+            hook,
+            attached: result.is_ok(),
+            reason: result.err(),
+        });
+    }
+    done
+}
+
+/// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
+fn attach_typed(
+    object: &mut Ebpf,
+    layout: &Layout,
+    types: Option<&aya::Btf>,
+    wanted: Wanted<'_>,
+    probe: &Probe,
+) -> bool {
+    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (types, probe.typed, probe.hook) else {
+        return false;
+    };
+    let disabled = wanted.disabled.iter().any(|name| name == probe.name);
+    if disabled || (probe.needs)(layout).iter().any(|need| need.unmet().is_some()) {
+        return false;
+    }
+    let Some(Program::BtfTracePoint(program)) = object.program_mut(name) else { return false };
+    match program.load(tracepoint, types).and_then(|()| program.attach()) {
+        Ok(_) => true,
+        Err(error) => {
+            tracing::info!(probe = probe.name, reason = refusal(&error), "typed variant refused, trying the raw one");
+            false
+        }
+    }
+}
+
+/// `Err` is the reason why the probe is off.
+fn attach(
+    object: &mut Ebpf,
+    btf: &Btf,
+    layout: &Layout,
+    mounts: &CgroupMounts,
+    wanted: Wanted<'_>,
+    probe: &Probe,
+    done: &[ProbeStatus],
+) -> Result<(), String> {
+    if wanted.disabled.iter().any(|name| name == probe.name) {
+        return Err("switched off by the configuration".to_owned());
+    }
+    if let Some(reason) = (probe.needs)(layout).iter().find_map(crate::layout::Need::unmet) {
+        return Err(reason);
+    }
+    if let Hook::PartOf(whole) = probe.hook {
+        let on = done.iter().any(|status| status.name == whole && status.attached);
+        return if on { Ok(()) } else { Err(format!("{whole}, which it is a part of, is off")) };
+    }
+    if let Hook::Tracepoint(name) = probe.hook
+        && !btf.has_tracepoint(name)
+    {
+        return Err(format!("this kernel has no tracepoint {name}"));
+    }
+    let name = (probe.program)(layout);
+    let program = object.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
+    match (probe.hook, program) {
+        (Hook::Tracepoint(name), Program::RawTracePoint(program)) => attach_tracepoint(program, name),
+        (Hook::Ingress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Ingress),
+        (Hook::Egress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Egress),
+        _ => Err(format!("the object's {name} is a program of another type")),
+    }
+}
+
+fn attach_tracepoint(program: &mut RawTracePoint, name: &str) -> Result<(), String> {
+    program.load().map_err(|error| refusal(&error))?;
+    program.attach(name).map(drop).map_err(|error| refusal(&error))
+}
+
+fn attach_packets(program: &mut CgroupSkb, mounts: &CgroupMounts, way: CgroupSkbAttachType) -> Result<(), String> {
+    let root = mounts.v2.as_ref().ok_or("no cgroup v2 hierarchy is mounted")?;
+    program.load().map_err(|error| refusal(&error))?;
+    let root_fd = File::open(root).map_err(|error| format!("cannot open {}: {error}", root.display()))?;
+    // A link is one of many by nature; the flag for "many" is for attachments without a link, and refused here.
+    program.attach(root_fd, way, CgroupAttachMode::Single).map(drop).map_err(|error| refusal(&error))
+}
+
+/// The kernel's answer in one line: the last words of the verifier are the ones that say why.
+fn refusal(error: &ProgramError) -> String {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let why = log
+                .lines()
+                .rev()
+                .map(str::trim)
+                .find(|line| {
+                    !line.is_empty() && !line.starts_with("processed ") && !line.starts_with("verification time")
+                })
+                .unwrap_or("no reason given")
+                .to_owned();
+            tracing::debug!(%log, "the verifier's log");
+            format!("the kernel refused the program ({io_error}): {why}")
+        }
+        other => {
+            let mut text = other.to_string();
+            let mut source = std::error::Error::source(other);
+            while let Some(cause) = source {
+                text = format!("{text}: {cause}");
+                source = cause.source();
+            }
+            text
+        }
+    }
+}

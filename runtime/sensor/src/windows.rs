@@ -1,0 +1,163 @@
+//! From counters that only grow to feature windows: the difference since the last look, per watched cgroup.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use warmswap_events::{BUCKETS, Counters, Histogram, bucket_upper_ns};
+use warmswap_model::{CgroupId, FeatureWindow, LatencyHistogram, PerResource, ProbeCounts};
+
+use crate::drain::monotonic_ns;
+use crate::load::Loaded;
+
+/// What was counted for one slot up to one moment, all CPUs together.
+#[derive(Clone)]
+struct Totals {
+    counters: Counters,
+    latency: [u64; BUCKETS],
+}
+
+/// One watched cgroup.
+pub(crate) struct Watched {
+    pub(crate) cgroup: CgroupId,
+    pub(crate) slot: u32,
+    /// Under which id block requests are charged; `None` while the folder for it does not exist.
+    pub(crate) block: Option<u64>,
+    last: Box<Totals>,
+    at: Instant,
+}
+
+/// Where the disk usage of a window comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskSource {
+    /// Requests to block devices.
+    Block,
+    /// Bytes read and written through descriptors, because block requests cannot be seen here.
+    Descriptors,
+}
+
+impl Watched {
+    pub(crate) fn new(loaded: &Loaded, cgroup: CgroupId, slot: u32, block: Option<u64>) -> Self {
+        Self { cgroup, slot, block, last: Box::new(Totals::read(loaded, slot)), at: Instant::now() }
+    }
+
+    /// What happened since the last window, or since it is watched.
+    pub(crate) fn window(&mut self, loaded: &Loaded, disk: DiskSource) -> FeatureWindow {
+        let now = Instant::now();
+        let mut totals = Totals::read(loaded, self.slot);
+        // A switch between the two reads can hide the running process once; it then counts in the next window.
+        totals.counters.run_ns = totals.counters.run_ns.max(self.last.counters.run_ns);
+        let length = now - self.at;
+        let counts = counts(&self.last.counters, &totals.counters);
+        let request_latency = latency(&self.last.latency, &totals.latency);
+        *self.last = totals;
+        self.at = now;
+
+        let seconds = length.as_secs_f64().max(1e-6);
+        let disk_bytes = match disk {
+            DiskSource::Block => counts.block_bytes,
+            DiskSource::Descriptors => counts.read_bytes + counts.write_bytes,
+        };
+        let usage = PerResource {
+            cpu: counts.run_ns as f64 / 1e9 / seconds * 100.0,
+            memory: 0.0,
+            network: (counts.rx_bytes + counts.tx_bytes) as f64 * 8.0 / 1e6 / seconds,
+            disk: disk_bytes as f64 / 1e6 / seconds,
+        };
+        let end = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        FeatureWindow {
+            cgroup: self.cgroup,
+            end_unix_ms: u64::try_from(end.as_millis()).unwrap_or(u64::MAX),
+            length_ms: u32::try_from(length.as_millis()).unwrap_or(u32::MAX),
+            usage,
+            counts,
+            request_latency,
+        }
+    }
+}
+
+impl Totals {
+    fn read(loaded: &Loaded, slot: u32) -> Self {
+        let mut sum = Counters::default();
+        for cpu in 0..loaded.cpus {
+            let (counters, running_ns) = read_cpu(loaded, slot, cpu);
+            add(&mut sum, &counters);
+            sum.run_ns += running_ns;
+        }
+        let latency = loaded.latency.read(slot as usize).map_or([0; BUCKETS], |Histogram { buckets }| buckets);
+        Self { counters: sum, latency }
+    }
+}
+
+/// The counters of a CPU and, when a process of the slot runs there right now, for how long it has.
+fn read_cpu(loaded: &Loaded, slot: u32, cpu: usize) -> (Counters, u64) {
+    let index = slot as usize * loaded.cpus + cpu;
+    let since = || loaded.running.read(cpu).unwrap_or_default();
+    for _ in 0..4 {
+        // The state before and after must be of the same switch, or time would be counted twice or not at all.
+        let before = since();
+        let counters = loaded.counters.read(index).unwrap_or_default();
+        let running = since();
+        let after = since();
+        if before.since_ns == running.since_ns && running.since_ns == after.since_ns {
+            let charged = running.slot == u64::from(slot) && running.since_ns != 0;
+            let running_ns = if charged { monotonic_ns().saturating_sub(running.since_ns) } else { 0 };
+            return (counters, running_ns);
+        }
+    }
+    // Switching faster than we can look: then what runs now has hardly run.
+    (loaded.counters.read(index).unwrap_or_default(), 0)
+}
+
+macro_rules! each_counter {
+    ($with:ident) => {
+        $with!(
+            syscalls,
+            reads,
+            read_bytes,
+            writes,
+            write_bytes,
+            tty_inputs,
+            run_ns,
+            page_faults,
+            rx_packets,
+            rx_bytes,
+            tx_packets,
+            tx_bytes,
+            tcp_opened,
+            tcp_closed,
+            tcp_resets,
+            tcp_resets_received,
+            execs,
+            forks,
+            exits,
+            oom_kills,
+            block_requests,
+            block_bytes,
+            block_sequential
+        )
+    };
+}
+
+fn add(sum: &mut Counters, counters: &Counters) {
+    macro_rules! fields {
+        ($($field:ident),*) => { $(sum.$field = sum.$field.wrapping_add(counters.$field);)* };
+    }
+    each_counter!(fields);
+}
+
+fn counts(before: &Counters, after: &Counters) -> ProbeCounts {
+    macro_rules! fields {
+        // Written out without `..`, so that a counter added to one side and forgotten on the other does not compile.
+        ($($field:ident),*) => { ProbeCounts { $($field: after.$field.wrapping_sub(before.$field)),* } };
+    }
+    each_counter!(fields)
+}
+
+fn latency(before: &[u64; BUCKETS], after: &[u64; BUCKETS]) -> LatencyHistogram {
+    let buckets = before.iter().zip(after).enumerate().filter(|(_, (before, after))| before != after);
+    LatencyHistogram {
+        buckets: buckets
+            .map(|(bucket, (before, after))| (bucket_upper_ns(bucket), after.wrapping_sub(*before)))
+            .collect(),
+    }
+}

@@ -1,0 +1,241 @@
+//! Packets, connections and request latency of a cgroup of our own, over loopback.
+
+#[macro_use]
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use support::{Cgroup, window};
+
+/// A socket remembers the cgroup it was made in, so a listener is made by a child in the cgroup and passed out. Here
+/// it is simpler to let a child make it, say its port through a pipe and serve.
+fn listen_in_child() -> (i32, u16) {
+    // SAFETY: system calls on our own stack only.
+    unsafe {
+        let listener = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+        let mut address: libc::sockaddr_in = std::mem::zeroed();
+        address.sin_family = libc::AF_INET as u16;
+        address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+        let length = size_of::<libc::sockaddr_in>() as u32;
+        libc::bind(listener, (&raw const address).cast(), length);
+        libc::listen(listener, 16);
+        let mut length = length;
+        libc::getsockname(listener, (&raw mut address).cast(), &raw mut length);
+        (listener, u16::from_be(address.sin_port))
+    }
+}
+
+/// Serves one connection: answers each of `requests` requests of one byte after `delay`, then reads to the end.
+fn serve_one(write: i32, requests: usize, delay: Duration, reset: bool) -> i32 {
+    let (listener, port) = listen_in_child();
+    let port = port.to_ne_bytes();
+    let mut byte = [0u8; 64];
+    // SAFETY: system calls on our own descriptors and stack.
+    unsafe {
+        libc::write(write, port.as_ptr().cast(), 2);
+        let connection = libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut());
+        for _ in 0..requests {
+            if libc::read(connection, byte.as_mut_ptr().cast(), 1) != 1 {
+                return 1;
+            }
+            let pause = libc::timespec { tv_sec: 0, tv_nsec: delay.as_nanos() as i64 };
+            libc::nanosleep(&raw const pause, std::ptr::null_mut());
+            if libc::write(connection, b"y".as_ptr().cast(), 1) != 1 {
+                return 2;
+            }
+        }
+        if reset {
+            let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+            let length = size_of::<libc::linger>() as u32;
+            libc::setsockopt(connection, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length);
+        } else {
+            while libc::read(connection, byte.as_mut_ptr().cast(), byte.len()) > 0 {}
+        }
+        libc::close(connection);
+    }
+    0
+}
+
+fn port_from(read: &std::os::fd::OwnedFd) -> u16 {
+    let mut port = [0u8; 2];
+    // SAFETY: two bytes of our own stack.
+    assert_eq!(unsafe { libc::read(read.as_raw_fd(), port.as_mut_ptr().cast(), 2) }, 2);
+    u16::from_ne_bytes(port)
+}
+
+#[test]
+fn datagrams_are_counted_exactly() {
+    let mut sensor = sensor_or_leave!("datagrams_are_counted_exactly");
+    need_probe!("datagrams_are_counted_exactly", sensor, "packets-in", "packets-out");
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let outside = UdpSocket::bind("127.0.0.1:0").expect("a socket outside");
+    let port = outside.local_addr().expect("bound").port();
+    let child = cgroup.spawn(move || {
+        // SAFETY: system calls on our own stack.
+        unsafe {
+            let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+            let mut address: libc::sockaddr_in = std::mem::zeroed();
+            address.sin_family = libc::AF_INET as u16;
+            address.sin_port = port.to_be();
+            address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+            let length = size_of::<libc::sockaddr_in>() as u32;
+            libc::connect(socket, (&raw const address).cast(), length);
+            let buffer = [0u8; 100];
+            for _ in 0..10 {
+                libc::send(socket, buffer.as_ptr().cast(), 100, 0);
+            }
+            let mut reply = [0u8; 50];
+            for _ in 0..3 {
+                if libc::recv(socket, reply.as_mut_ptr().cast(), 50, 0) != 50 {
+                    return 1;
+                }
+            }
+        }
+        0
+    });
+    let mut buffer = [0; 200];
+    for answer in 0..10 {
+        let (length, from) = outside.recv_from(&mut buffer).expect("a datagram");
+        assert_eq!(length, 100);
+        if answer < 3 {
+            outside.send_to(&buffer[..50], from).expect("an answer");
+        }
+    }
+    assert_eq!(child.wait(), 0);
+    let counts = window(&mut sensor).counts;
+    assert_eq!((counts.tx_packets, counts.tx_bytes), (10, 10 * 128), "100 bytes and 28 of headers each");
+    assert_eq!((counts.rx_packets, counts.rx_bytes), (3, 3 * 78));
+}
+
+#[test]
+fn latency_of_requests_is_measured_for_a_server_that_knows_nothing() {
+    const TEST: &str = "latency_of_requests_is_measured_for_a_server_that_knows_nothing";
+    let mut sensor = sensor_or_leave!("latency_of_requests_is_measured_for_a_server_that_knows_nothing");
+    need_probe!("latency_of_requests_is_measured_for_a_server_that_knows_nothing", sensor, "packets-in", "packets-out");
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let (read, write) = support::pipe();
+    const REQUESTS: usize = 25;
+    let child = cgroup.spawn(|| serve_one(write.as_raw_fd(), REQUESTS, Duration::from_millis(2), false));
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port_from(&read))).expect(TEST);
+    client.set_nodelay(true).expect("nodelay");
+    let mut byte = [0];
+    let mut seen_by_client_ms: Vec<f64> = Vec::new();
+    for _ in 0..REQUESTS {
+        let begin = Instant::now();
+        client.write_all(b"x").expect("a request");
+        client.read_exact(&mut byte).expect("an answer");
+        seen_by_client_ms.push(begin.elapsed().as_secs_f64() * 1e3);
+    }
+    drop(client);
+    assert_eq!(child.wait(), 0);
+    let window = window(&mut sensor);
+    let latency = &window.request_latency;
+    assert_eq!(latency.count(), REQUESTS as u64, "{latency:?}");
+    // No less than the server sleeps, no more than the client waits (and a bucket is an eighth wide), for the fastest,
+    // the middle and the slowest request, however late a busy host is.
+    seen_by_client_ms.sort_by(f64::total_cmp);
+    for (q, at) in [(0.0, 0), (0.5, REQUESTS.div_ceil(2) - 1), (1.0, REQUESTS - 1)] {
+        let ms = latency.quantile_ns(q).expect("counted") as f64 / 1e6;
+        let client_ms = seen_by_client_ms[at];
+        assert!(ms >= 2.0 && ms <= client_ms * 1.13, "quantile {q}: {ms} ms, the client saw {client_ms} ms");
+    }
+    assert_eq!(window.counts.tcp_opened, 1, "{:?}", window.counts);
+    assert_eq!((window.counts.tcp_resets, window.counts.tcp_resets_received), (0, 0));
+    // The last acknowledgement may be handled a moment later.
+    let mut closed = window.counts.tcp_closed;
+    for _ in 0..200 {
+        if closed > 0 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        closed += support::window(&mut sensor).counts.tcp_closed;
+    }
+    assert_eq!(closed, 1);
+    // Headers of IPv4 and TCP with timestamps are 52 bytes.
+    let counts = window.counts;
+    assert!(counts.rx_bytes >= REQUESTS as u64 * 53 && counts.rx_bytes <= counts.rx_packets * 61 + REQUESTS as u64);
+}
+
+#[test]
+fn what_a_service_asks_of_others_is_no_request_to_it() {
+    let mut sensor = sensor_or_leave!("what_a_service_asks_of_others_is_no_request_to_it");
+    need_probe!("what_a_service_asks_of_others_is_no_request_to_it", sensor, "packets-in", "packets-out");
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a server outside");
+    let port = listener.local_addr().expect("bound").port();
+    let child = cgroup.spawn(move || {
+        // SAFETY: system calls on our own stack.
+        unsafe {
+            let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+            let mut address: libc::sockaddr_in = std::mem::zeroed();
+            address.sin_family = libc::AF_INET as u16;
+            address.sin_port = port.to_be();
+            address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+            libc::connect(socket, (&raw const address).cast(), size_of::<libc::sockaddr_in>() as u32);
+            let mut byte = 0u8;
+            for _ in 0..5 {
+                libc::write(socket, b"q".as_ptr().cast(), 1);
+                libc::read(socket, (&raw mut byte).cast(), 1);
+            }
+        }
+        0
+    });
+    let (mut connection, _) = listener.accept().expect("the child connects");
+    let mut byte = [0];
+    for _ in 0..5 {
+        connection.read_exact(&mut byte).expect("a question");
+        connection.write_all(b"a").expect("an answer");
+    }
+    drop(connection);
+    assert_eq!(child.wait(), 0);
+    let window = window(&mut sensor);
+    assert_eq!(window.request_latency.count(), 0, "{:?}", window.request_latency);
+    assert_eq!(window.counts.tcp_opened, 1);
+    assert!(window.counts.tx_packets >= 5);
+}
+
+#[test]
+fn resets_are_counted_on_the_side_that_sends_and_the_side_that_gets_them() {
+    let mut sensor = sensor_or_leave!("resets_are_counted_on_the_side_that_sends_and_the_side_that_gets_them");
+    need_probe!(
+        "resets_are_counted_on_the_side_that_sends_and_the_side_that_gets_them",
+        sensor,
+        "tcp-state",
+        "tcp-resets-sent",
+        "tcp-resets-received"
+    );
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+
+    let (read, write) = support::pipe();
+    let child = cgroup.spawn(|| serve_one(write.as_raw_fd(), 1, Duration::ZERO, true));
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port_from(&read))).expect("connects");
+    client.write_all(b"x").expect("a request");
+    client.read_exact(&mut [0]).expect("an answer");
+    assert_eq!(child.wait(), 0);
+    assert!(client.read(&mut [0]).is_err(), "the server resets");
+    let counts = window(&mut sensor).counts;
+    assert_eq!((counts.tcp_resets, counts.tcp_resets_received), (1, 0));
+
+    let (read, write) = support::pipe();
+    let child = cgroup.spawn(|| serve_one(write.as_raw_fd(), 1, Duration::ZERO, false));
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port_from(&read))).expect("connects");
+    client.write_all(b"x").expect("a request");
+    client.read_exact(&mut [0]).expect("an answer");
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let length = size_of::<libc::linger>() as u32;
+    // SAFETY: a live structure of the length given.
+    unsafe {
+        libc::setsockopt(client.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length);
+    }
+    drop(client);
+    assert_eq!(child.wait(), 0);
+    let counts = window(&mut sensor).counts;
+    assert_eq!((counts.tcp_resets, counts.tcp_resets_received), (0, 1));
+}

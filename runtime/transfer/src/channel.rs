@@ -1,0 +1,316 @@
+//! One conversation over a `SOCK_SEQPACKET` unix socket: whole messages with the descriptors that belong to them.
+//!
+//! The other end is untrusted. Bytes are validated before anything is built from them, and descriptors are owned from
+//! the moment they are received, so that no error leaks one. Not for bulk data: a message has at most [`MESSAGE_LEN_MAX`] bytes.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rkyv::util::AlignedVec;
+
+use crate::message::{Message, MessageError, ToService, ToSupervisor};
+use crate::sys;
+
+/// Longest message, bytes.
+pub const MESSAGE_LEN_MAX: usize = 64 * 1024;
+/// Most descriptors per message (`SCM_MAX_FD` of the kernel).
+pub const DESCRIPTORS_MAX: usize = 253;
+/// How long [`Channel::send`] waits for room before it gives up.
+pub const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why a message was not sent or received. Except for [`Full`](Self::Full), [`TooLong`](Self::TooLong) and
+/// [`TooManyDescriptors`](Self::TooManyDescriptors) the conversation should be given up.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    #[error("the other side has closed the control channel")]
+    Closed,
+    #[error("the control channel stayed full for {waited_ms} ms")]
+    Full { waited_ms: u128 },
+    #[error("a message of {len} bytes is longer than {MESSAGE_LEN_MAX}")]
+    TooLong { len: usize },
+    #[error("{count} descriptors are more than the {DESCRIPTORS_MAX} that fit one message")]
+    TooManyDescriptors { count: usize },
+    #[error("descriptors of a message were lost; is RLIMIT_NOFILE of this process too low?")]
+    DescriptorsLost,
+    #[error("a message came with {got} descriptors instead of {expected}")]
+    DescriptorCount { expected: usize, got: usize },
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    #[error("the descriptor is no SOCK_SEQPACKET unix socket")]
+    NotAChannel,
+    #[error("cannot {what} the control channel")]
+    System {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> ChannelError {
+    move |source| ChannelError::System { what, source }
+}
+
+/// The supervisor's end.
+pub type SupervisorChannel = Channel<ToService, ToSupervisor>;
+/// The service's end.
+pub type ServiceChannel = Channel<ToSupervisor, ToService>;
+
+/// An end that sends `Out` and receives `In`.
+#[derive(Debug)]
+pub struct Channel<Out, In> {
+    fd: OwnedFd,
+    buffer: AlignedVec,
+    directions: PhantomData<fn(Out) -> In>,
+}
+
+impl<Out: Message, In: Message> Channel<Out, In> {
+    /// Two connected ends.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn pair() -> Result<(Self, Channel<In, Out>), ChannelError> {
+        let mut fds = [0; 2];
+        // SAFETY: `fds` has room for the two descriptors.
+        let result =
+            unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()) };
+        sys::check(result).map_err(system("create"))?;
+        // SAFETY: both were just created and nobody else owns them.
+        let [a, b] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        Ok((Self::wrap(a), Channel::wrap(b)))
+    }
+
+    /// # Errors
+    /// [`ChannelError::NotAChannel`] when `fd` is something else than a `SOCK_SEQPACKET` unix socket.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, ChannelError> {
+        let option = |name| socket_option(fd.as_fd(), name).map_err(|_| ChannelError::NotAChannel);
+        if option(libc::SO_DOMAIN)? != libc::AF_UNIX || option(libc::SO_TYPE)? != libc::SOCK_SEQPACKET {
+            return Err(ChannelError::NotAChannel);
+        }
+        Ok(Self::wrap(fd))
+    }
+
+    fn wrap(fd: OwnedFd) -> Self {
+        let mut buffer = AlignedVec::new();
+        buffer.resize(MESSAGE_LEN_MAX, 0);
+        Self { fd, buffer, directions: PhantomData }
+    }
+
+    #[must_use]
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
+    /// Sends, waiting up to [`SEND_TIMEOUT`] for room.
+    ///
+    /// # Errors
+    /// [`ChannelError::Full`] after the wait; nothing was sent then.
+    pub fn send(&self, message: &Out, descriptors: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        self.send_within(message, descriptors, SEND_TIMEOUT)
+    }
+
+    /// Sends, waiting up to `timeout` for room.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_within(
+        &self,
+        message: &Out,
+        descriptors: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> Result<(), ChannelError> {
+        let bytes = check_outgoing(message, descriptors)?;
+        let begin = Instant::now();
+        loop {
+            if self.send_bytes(&bytes, descriptors)? {
+                return Ok(());
+            }
+            let waited = begin.elapsed();
+            if waited >= timeout {
+                return Err(ChannelError::Full { waited_ms: waited.as_millis() });
+            }
+            // Too many descriptors in flight also counts as full and does not wake poll: look again every 5 ms.
+            sys::poll(self.fd.as_fd(), libc::POLLOUT, (timeout - waited).min(Duration::from_millis(5)))
+                .map_err(system("wait for"))?;
+        }
+    }
+
+    /// Sends if there is room; `false` when there is none.
+    ///
+    /// # Errors
+    /// Anything but a full channel.
+    pub fn try_send(&self, message: &Out, descriptors: &[BorrowedFd<'_>]) -> Result<bool, ChannelError> {
+        self.send_bytes(&check_outgoing(message, descriptors)?, descriptors)
+    }
+
+    fn send_bytes(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<bool, ChannelError> {
+        let mut control = ControlBuffer::new();
+        let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        // SAFETY: an all-zero msghdr is a valid empty one.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_iov = &raw mut iov;
+        header.msg_iovlen = 1;
+        if !descriptors.is_empty() {
+            let payload = size_of_val(descriptors);
+            debug_assert_eq!(size_of::<BorrowedFd<'_>>(), size_of::<libc::c_int>());
+            header.msg_control = control.0.as_mut_ptr().cast();
+            // SAFETY: CMSG_SPACE only computes.
+            header.msg_controllen = unsafe { libc::CMSG_SPACE(payload as u32) } as _;
+            // SAFETY: the buffer is large enough for one control message with DESCRIPTORS_MAX descriptors, which
+            // `check_outgoing` enforced, and aligned for cmsghdr; BorrowedFd is a transparent c_int.
+            unsafe {
+                let cmsg = libc::CMSG_FIRSTHDR(&raw const header);
+                (*cmsg).cmsg_level = libc::SOL_SOCKET;
+                (*cmsg).cmsg_type = libc::SCM_RIGHTS;
+                (*cmsg).cmsg_len = libc::CMSG_LEN(payload as u32) as _;
+                std::ptr::copy_nonoverlapping(descriptors.as_ptr().cast::<u8>(), libc::CMSG_DATA(cmsg), payload);
+            }
+        }
+        loop {
+            // SAFETY: header points to live locals; the kernel only reads them.
+            let sent = unsafe {
+                libc::sendmsg(self.fd.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+            };
+            if sent >= 0 {
+                return Ok(true);
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // ETOOMANYREFS: more descriptors in flight than RLIMIT_NOFILE; passes when the other side reads.
+                Some(libc::EAGAIN | libc::ENOBUFS | libc::ETOOMANYREFS) => return Ok(false),
+                Some(libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN) => return Err(ChannelError::Closed),
+                _ => return Err(ChannelError::System { what: "send on", source: error }),
+            }
+        }
+    }
+
+    /// The next message if one is waiting. Never blocks.
+    ///
+    /// # Errors
+    /// [`ChannelError::Closed`] at the end; anything else means that the other side broke the protocol.
+    pub fn try_recv(&mut self) -> Result<Option<(In, Vec<OwnedFd>)>, ChannelError> {
+        let mut control = ControlBuffer::new();
+        let mut iov = libc::iovec { iov_base: self.buffer.as_mut_ptr().cast(), iov_len: self.buffer.len() };
+        // SAFETY: an all-zero msghdr is a valid empty one.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_iov = &raw mut iov;
+        header.msg_iovlen = 1;
+        header.msg_control = control.0.as_mut_ptr().cast();
+        header.msg_controllen = size_of_val(&control.0) as _;
+        let len = loop {
+            let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+            // SAFETY: header points to buffers of the stated lengths that outlive the call.
+            let got = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut header, flags) };
+            if let Ok(got) = usize::try_from(got) {
+                break got;
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EAGAIN) => return Ok(None),
+                Some(libc::ECONNRESET | libc::ENOTCONN) => return Err(ChannelError::Closed),
+                _ => return Err(ChannelError::System { what: "receive from", source: error }),
+            }
+        };
+        // Own the descriptors before anything can fail.
+        let descriptors = take_descriptors(&header);
+        if header.msg_flags & libc::MSG_CTRUNC != 0 {
+            return Err(ChannelError::DescriptorsLost);
+        }
+        if header.msg_flags & libc::MSG_TRUNC != 0 {
+            return Err(ChannelError::TooLong { len });
+        }
+        if len == 0 {
+            // No message is empty, so this is the end (or an intruder's empty packet, which ends it as well).
+            return Err(ChannelError::Closed);
+        }
+        let message = In::decode(&self.buffer[..len])?;
+        let expected = message.descriptors();
+        if expected != descriptors.len() {
+            return Err(ChannelError::DescriptorCount { expected, got: descriptors.len() });
+        }
+        Ok(Some((message, descriptors)))
+    }
+
+    /// The next message, waiting up to `timeout`; `None` when none came.
+    ///
+    /// # Errors
+    /// As [`Self::try_recv`].
+    pub fn recv_timeout(&mut self, timeout: Duration) -> Result<Option<(In, Vec<OwnedFd>)>, ChannelError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(received) = self.try_recv()? {
+                return Ok(Some(received));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            sys::poll(self.fd.as_fd(), libc::POLLIN, left).map_err(system("wait for"))?;
+        }
+    }
+}
+
+impl<Out, In> AsFd for Channel<Out, In> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn check_outgoing<M: Message>(message: &M, descriptors: &[BorrowedFd<'_>]) -> Result<AlignedVec, ChannelError> {
+    if descriptors.len() > DESCRIPTORS_MAX {
+        return Err(ChannelError::TooManyDescriptors { count: descriptors.len() });
+    }
+    let expected = message.descriptors();
+    if expected != descriptors.len() {
+        return Err(ChannelError::DescriptorCount { expected, got: descriptors.len() });
+    }
+    let bytes = message.encode()?;
+    if bytes.len() > MESSAGE_LEN_MAX {
+        return Err(ChannelError::TooLong { len: bytes.len() });
+    }
+    Ok(bytes)
+}
+
+/// Room for one control message with [`DESCRIPTORS_MAX`] descriptors, aligned for its header.
+struct ControlBuffer([u64; 130]);
+
+impl ControlBuffer {
+    fn new() -> Self {
+        // SAFETY: CMSG_SPACE only computes.
+        const { assert!(unsafe { libc::CMSG_SPACE(DESCRIPTORS_MAX as u32 * 4) } as usize <= size_of::<Self>()) };
+        Self([0; 130])
+    }
+}
+
+fn take_descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut taken = Vec::new();
+    // SAFETY: the kernel filled the control buffer that `header` describes; the CMSG macros walk inside it, and every
+    // descriptor in an SCM_RIGHTS message is ours alone from now on.
+    unsafe {
+        let mut cmsg = libc::CMSG_FIRSTHDR(header);
+        while !cmsg.is_null() {
+            if (*cmsg).cmsg_level == libc::SOL_SOCKET && (*cmsg).cmsg_type == libc::SCM_RIGHTS {
+                let payload = ((*cmsg).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
+                let data = libc::CMSG_DATA(cmsg).cast::<libc::c_int>();
+                for at in 0..payload / size_of::<libc::c_int>() {
+                    taken.push(OwnedFd::from_raw_fd(data.add(at).read_unaligned()));
+                }
+            }
+            cmsg = libc::CMSG_NXTHDR(header, cmsg);
+        }
+    }
+    taken
+}
+
+fn socket_option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointers refer to locals of the stated size that outlive the call.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
+    sys::check(result)?;
+    Ok(value)
+}

@@ -1,0 +1,97 @@
+//! Thin wrappers over the system calls of this crate, so that `unsafe` and errno live in few places.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+/// `-1` becomes the last OS error.
+pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// An anonymous file of `len` bytes that can be sealed.
+pub(crate) fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
+    // SAFETY: `name` is a valid C string; the result is checked before use.
+    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
+    // SAFETY: the descriptor was just created and nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let len = libc::off_t::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: plain system call on an owned descriptor.
+    check(unsafe { libc::ftruncate(fd.as_raw_fd(), len) })?;
+    Ok(fd)
+}
+
+pub(crate) fn add_seals(fd: BorrowedFd<'_>, seals: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain system call on a borrowed descriptor.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
+}
+
+pub(crate) fn seals(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    // SAFETY: plain system call on a borrowed descriptor.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })
+}
+
+/// Size in bytes as `fstat` says.
+pub(crate) fn len(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: an all-zero stat is a valid value of this plain C struct.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` outlives the call.
+    check(unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) })?;
+    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+}
+
+/// A shared mapping of the first `len` bytes of a file, unmapped on drop.
+///
+/// Whoever makes one has checked that the file is at least `len` long and sealed against shrinking: otherwise an
+/// access could raise SIGBUS.
+#[derive(Debug)]
+pub(crate) struct Mapping(MmapRaw);
+
+impl Mapping {
+    pub(crate) fn new(fd: BorrowedFd<'_>, len: usize, writable: bool) -> io::Result<Self> {
+        let mut options = MmapOptions::new();
+        options.len(len);
+        let map = if writable { options.map_raw(fd.as_raw_fd()) } else { options.map_raw_read_only(fd.as_raw_fd()) };
+        map.map(Self)
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.0.as_mut_ptr()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Faults every page in for writing, so that no later access waits for the kernel.
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        match self.0.advise(Advice::PopulateWrite) {
+            // Before Linux 5.14: touch a byte of every page instead.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                for at in (0..self.len()).step_by(4096) {
+                    // SAFETY: inside our own writable mapping; written before anybody else has the descriptor.
+                    unsafe { self.as_ptr().add(at).write_volatile(0) };
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
+/// Waits until one of `events` (or an error) is there or `timeout` is over; an interruption counts as a wake-up.
+pub(crate) fn poll(fd: BorrowedFd<'_>, events: libc::c_short, timeout: std::time::Duration) -> io::Result<()> {
+    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // An all-zero timespec first: on some targets it has padding fields, and its first type is being renamed.
+    // SAFETY: zero is a valid value of this plain C struct.
+    let mut limit: libc::timespec = unsafe { std::mem::zeroed() };
+    // Longer than a day is as good as a day: callers look again.
+    limit.tv_sec = timeout.as_secs().min(86_400) as _;
+    limit.tv_nsec = timeout.subsec_nanos() as _;
+    // SAFETY: one entry and one timespec, both live.
+    match check(unsafe { libc::ppoll(&raw mut entry, 1, &raw const limit, std::ptr::null()) }) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,113 @@
+//! Every interleaving that the memory model allows, for the two words that processes share. Run with
+//! `RUSTFLAGS="--cfg loom" cargo test -p warmswap-transfer --test loom --release`
+
+#![cfg(loom)]
+#![allow(clippy::unwrap_used, reason = "a failed step fails the model")]
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::thread;
+use warmswap_transfer::control::{ControlCell, ControlWord};
+use warmswap_transfer::publication::CommitCell;
+
+/// Bytes of a segment as cells that loom watches: an unsynchronised read of one is an error of the model.
+struct Memory {
+    records: [UnsafeCell<u64>; 3],
+    commit: CommitCell,
+}
+
+impl Memory {
+    fn new() -> Self {
+        Self { records: std::array::from_fn(|_| UnsafeCell::new(0)), commit: CommitCell::new(0) }
+    }
+
+    fn write(&self, at: usize, value: u64) {
+        // SAFETY: loom checks that nobody reads or writes the cell at the same time.
+        self.records[at].with_mut(|record| unsafe { *record = value });
+    }
+
+    fn read_committed(&self) -> Vec<u64> {
+        let committed = self.commit.committed() as usize;
+        // SAFETY: loom checks that the writer's store happened before.
+        (0..committed).map(|at| self.records[at].with(|record| unsafe { *record })).collect()
+    }
+}
+
+#[test]
+fn a_follower_sees_whole_records_up_to_the_commit_and_nothing_else() {
+    loom::model(|| {
+        let memory = Arc::new(Memory::new());
+        let writer = {
+            let memory = Arc::clone(&memory);
+            thread::spawn(move || {
+                memory.write(0, 10);
+                memory.commit.publish(1);
+                // A batch: two records, one store.
+                memory.write(1, 11);
+                memory.write(2, 12);
+                memory.commit.publish(3);
+            })
+        };
+        let seen = memory.read_committed();
+        assert!([&[][..], &[10], &[10, 11, 12]].contains(&&seen[..]), "{seen:?}");
+        let again = memory.read_committed();
+        assert!(again.len() >= seen.len());
+        writer.join().unwrap();
+        assert_eq!(memory.read_committed(), [10, 11, 12]);
+    });
+}
+
+#[test]
+fn an_heir_that_reads_the_control_word_sees_all_that_the_owner_published() {
+    // Owner: append, publish, yield (a message; here the word 2 stored by the supervisor after the join of the message).
+    loom::model(|| {
+        let memory = Arc::new(Memory::new());
+        let word = Arc::new(ControlCell::new(ControlWord { epoch: 1, owner: 1 }));
+        let handover = {
+            let (memory, word) = (Arc::clone(&memory), Arc::clone(&word));
+            thread::spawn(move || {
+                memory.write(0, 10);
+                memory.commit.publish(1);
+                word.store(ControlWord { epoch: 2, owner: 2 });
+            })
+        };
+        let heir = {
+            let (memory, word) = (Arc::clone(&memory), Arc::clone(&word));
+            thread::spawn(move || {
+                if word.load().owner == 2 {
+                    assert_eq!(memory.read_committed(), [10]);
+                    // The heir writes where the old owner never writes again.
+                    memory.write(1, 20);
+                    memory.commit.publish(2);
+                }
+            })
+        };
+        handover.join().unwrap();
+        heir.join().unwrap();
+    });
+}
+
+#[test]
+fn at_no_time_do_two_processes_both_find_themselves_owner_after_the_yield() {
+    // The old owner stops before the word changes (it yields) and asks the word before it writes; the new one asks too.
+    loom::model(|| {
+        let word = Arc::new(ControlCell::new(ControlWord { epoch: 1, owner: 1 }));
+        let visible = Arc::new(UnsafeCell::new(0_u32));
+        let new = {
+            let (word, visible) = (Arc::clone(&word), Arc::clone(&visible));
+            thread::spawn(move || {
+                if word.load().owner == 2 {
+                    // SAFETY: loom checks that the old owner's write happened before.
+                    visible.with_mut(|visible| unsafe { *visible += 1 });
+                }
+            })
+        };
+        if word.load().owner == 1 {
+            // SAFETY: loom checks that the new owner's write does not happen at the same time.
+            visible.with_mut(|visible| unsafe { *visible += 1 });
+        }
+        // Yielded, read by the supervisor:
+        word.store(ControlWord { epoch: 2, owner: 2 });
+        new.join().unwrap();
+    });
+}

@@ -1,0 +1,147 @@
+//! Somebody dies, at a bad moment.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use std::time::Duration;
+
+use warmswap_load::resp::Reply;
+use warmswap_load::{LoadResult, RunningLoad};
+use warmswap_tests::{LENIENT, Requirement, Store, eventually, needs};
+
+const KEYS: usize = 200;
+/// Emulated machines take their time.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn start(name: &'static str, handover: &str) -> Store {
+    let store = Store::start(name, handover).unwrap();
+    store.write_keys(KEYS).unwrap();
+    store
+}
+
+fn assert_clean(load: RunningLoad) {
+    let LoadResult { totals, faults, connections, connections_kept, .. } = load.stop().unwrap();
+    assert!(totals.is_clean() && totals.writes_acknowledged > 0, "{totals:?}\n{faults:?}");
+    assert_eq!(connections_kept, connections);
+}
+
+fn assert_updates(store: &Store, version: &str) {
+    let update = store.update(version).unwrap();
+    assert_eq!(update.verdict(), "committed", "{}\n{}", update.reason(), store.log());
+    assert_eq!(update.report.unwrap()["rung"], "full");
+    store.check_keys(KEYS).unwrap();
+}
+
+/// SIGKILL to a process of a container of ours.
+fn kill(pid: i32) {
+    // SAFETY: a system call without memory.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0, "process {pid} is not there");
+}
+
+#[test]
+fn a_killed_agent_is_not_missed_and_its_successor_finds_the_service() {
+    needs!("a_killed_agent_is_not_missed_and_its_successor_finds_the_service", Requirement::Containers);
+    let mut store = start("scenario-agent", LENIENT);
+    let pids = store.pids(1).unwrap();
+    assert!(!pids.is_empty());
+    let mut client = store.client().unwrap();
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(1));
+    let load = store.load().unwrap();
+
+    store.kill_agent().unwrap();
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(2));
+    store.check_keys(KEYS).unwrap();
+    let said = store.ground().warmswap(&["status"]).unwrap();
+    assert!(!said.success() && said.stderr.contains("no agent answers"), "{said:?}");
+
+    store.start_agent().unwrap();
+    assert_eq!((store.owner().unwrap(), store.pids(1).unwrap()), (1, pids), "the service was not touched");
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(3));
+    assert_updates(&store, "v2");
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(4));
+    assert_clean(load);
+    store.finish().unwrap();
+}
+
+#[test]
+fn an_agent_killed_in_the_middle_of_a_handover_leaves_one_owner() {
+    needs!("an_agent_killed_in_the_middle_of_a_handover_leaves_one_owner", Requirement::Containers);
+    let mut store = start("scenario-middle", &LENIENT.replace("verify_s_min = 1", "verify_s_min = 20"));
+    let load = store.load().unwrap();
+    let v2 = store.image("v2").unwrap();
+    let update = store.begin_update(&["--image", &v2.to_string_lossy()], "verifying").unwrap();
+    store.kill_agent().unwrap();
+    let output = update.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains("agent"), "{}: {stderr}", output.status);
+    store.check_keys(KEYS).unwrap();
+
+    store.start_agent().unwrap();
+    eventually("one generation owns the service", PATIENCE, || store.owner().is_ok());
+    eventually("the service is at rest", PATIENCE, || store.status().is_ok_and(|s| s["activity"].is_null()));
+    store.check_keys(KEYS).unwrap();
+    store.write_keys(KEYS).unwrap();
+    assert_clean(load);
+    let status = store.status().unwrap();
+    assert_eq!(status["image"], v2.to_string_lossy().as_ref(), "what runs is what is recorded: {status}");
+    let history = store.ground().json(&["history", "scenario-middle"]).unwrap();
+    let last = history.as_array().and_then(|reports| reports.last()).cloned().unwrap_or_default();
+    assert!(last["reason"].as_str().is_some_and(|reason| reason.contains("the agent died")), "{history}");
+    store.finish().unwrap();
+}
+
+#[test]
+fn stop_all_after_an_agent_killed_in_the_middle_leaves_nothing() {
+    needs!("stop_all_after_an_agent_killed_in_the_middle_leaves_nothing", Requirement::Containers);
+    let mut store = start("scenario-strike", &LENIENT.replace("verify_s_min = 1", "verify_s_min = 20"));
+    let v2 = store.image("v2").unwrap();
+    let update = store.begin_update(&["--image", &v2.to_string_lossy()], "verifying").unwrap();
+    store.kill_agent().unwrap();
+    assert!(!update.wait_with_output().unwrap().status.success());
+    store.finish().unwrap();
+}
+
+#[test]
+fn an_owner_that_dies_is_started_again_with_every_acknowledged_write() {
+    needs!("an_owner_that_dies_is_started_again_with_every_acknowledged_write", Requirement::Containers);
+    let store = start("scenario-owner", LENIENT);
+    let pids = store.pids(1).unwrap();
+    assert_eq!(pids.len(), 1, "session-store is one process");
+    kill(pids[0]);
+    eventually("somebody else serves", PATIENCE, || store.owner().is_ok_and(|owner| owner > 1));
+    store.check_keys(KEYS).unwrap();
+    assert_updates(&store, "v2");
+    store.finish().unwrap();
+}
+
+#[test]
+fn an_owner_that_dies_while_no_agent_runs_is_started_again_by_the_next_one() {
+    needs!("an_owner_that_dies_while_no_agent_runs_is_started_again_by_the_next_one", Requirement::Containers);
+    let mut store = start("scenario-both", LENIENT);
+    let pids = store.pids(1).unwrap();
+    store.kill_agent().unwrap();
+    pids.into_iter().for_each(kill);
+    store.start_agent().unwrap();
+    eventually("somebody else serves", PATIENCE, || store.owner().is_ok_and(|owner| owner > 1));
+    store.check_keys(KEYS).unwrap();
+    store.finish().unwrap();
+}
+
+#[test]
+fn a_parked_generation_that_died_is_no_way_back() {
+    needs!("a_parked_generation_that_died_is_no_way_back", Requirement::Containers);
+    let store = start("scenario-parked", &LENIENT.replace("verify_s_min = 1", "verify_s_min = 20"));
+    let mut client = store.client().unwrap();
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(1));
+    let parked = store.pids(1).unwrap();
+    let v2 = store.image("v2").unwrap();
+    let update = store.begin_update(&["--image", &v2.to_string_lossy()], "verifying").unwrap();
+    parked.into_iter().for_each(kill);
+    let rollback = store.hand_over(&["rollback", "scenario-parked"]).unwrap();
+    assert_eq!(rollback.verdict(), "committed", "{}", rollback.reason());
+    assert!(rollback.reason().contains("cannot take back"), "{}", rollback.reason());
+    assert!(update.wait_with_output().unwrap().status.success());
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(2), "the same connection, the same state");
+    assert_eq!(store.owner().unwrap(), 2);
+    store.check_keys(KEYS).unwrap();
+    store.finish().unwrap();
+}

@@ -1,0 +1,111 @@
+//! Updates under load, as clients see them.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use warmswap_load::resp::Reply;
+use warmswap_load::{LoadResult, unix_ms};
+use warmswap_tests::{LENIENT, Requirement, Store, Update, needs};
+
+const KEYS: usize = 300;
+
+fn assert_clean(result: &LoadResult) {
+    assert!(result.totals.is_clean(), "{:?}\n{:?}", result.totals, result.faults);
+    assert!(result.totals.writes_acknowledged > 0 && result.totals.keys_verified > 0, "{:?}", result.totals);
+    assert_eq!(result.connections_kept, result.connections);
+}
+
+fn assert_committed(update: &Update, store: &Store) {
+    assert_eq!(update.verdict(), "committed", "{}\n{}", update.reason(), store.log());
+    assert!(update.said.success(), "{:?}", update.said);
+}
+
+#[test]
+fn clients_do_not_notice_an_update_or_the_way_back() {
+    needs!("clients_do_not_notice_an_update_or_the_way_back", Requirement::Containers);
+    let store = Store::start("scenario-update", LENIENT).unwrap();
+    store.write_keys(KEYS).unwrap();
+    let mut client = store.client().unwrap();
+    assert!(matches!(client.command(&["GETDEL", "none"]).unwrap(), Reply::Error(_)), "v1 has no GETDEL");
+    let load = store.load().unwrap();
+
+    let update = store.update("v2").unwrap();
+    assert_committed(&update, &store);
+    let report = update.report.unwrap();
+    assert_eq!(report["rung"], "full");
+    assert_eq!(report["lost"], serde_json::json!([]));
+    assert_eq!(report["connections"]["sent"], report["connections"]["received"]);
+    assert!(report["connections"]["received"].as_u64().unwrap() >= 21, "{report}");
+    assert!(report["blackouts"][0]["us"].as_f64().unwrap() > 0.0);
+    assert_eq!(store.owner().unwrap(), 2);
+    // Over the connection that v1 accepted.
+    assert_eq!(client.command(&["GETDEL", "none"]).unwrap(), Reply::Bulk(None));
+    store.check_keys(KEYS).unwrap();
+
+    let back = store.hand_over(&["rollback", "scenario-update"]).unwrap();
+    assert_committed(&back, &store);
+    assert!(store.status().unwrap()["image"].as_str().unwrap().ends_with("/v1"));
+    assert!(matches!(client.command(&["GETDEL", "none"]).unwrap(), Reply::Error(_)), "v1 serves again");
+    store.check_keys(KEYS).unwrap();
+    assert_clean(&load.stop().unwrap());
+
+    let history = store.ground().json(&["history", "scenario-update"]).unwrap();
+    let history = history.as_array().unwrap();
+    assert_eq!(history.len(), 2);
+    for (report, (from, to)) in history.iter().zip([(1, 2), (2, 3)]) {
+        assert_eq!((report["from"].as_u64(), report["to"].as_u64()), (Some(from), Some(to)), "{report}");
+        assert!(report["blackouts"][0]["us"].as_f64().unwrap() > 0.0, "{report}");
+        assert_eq!(report["phases"].as_array().unwrap().len(), 8, "{report}");
+    }
+    store.finish().unwrap();
+}
+
+#[test]
+fn redis_benchmark_runs_through_an_update_and_redis_cli_reads_what_it_wrote() {
+    needs!(
+        "redis_benchmark_runs_through_an_update_and_redis_cli_reads_what_it_wrote",
+        Requirement::Containers,
+        Requirement::Program("redis-benchmark"),
+        Requirement::Program("redis-cli"),
+    );
+    let store = Store::start("scenario-redis", LENIENT).unwrap();
+    let port = store.address().port().to_string();
+    let cli = |arguments: &[&str]| {
+        let output = Command::new("redis-cli").args(["-p", &port]).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!(cli(&["SET", "greeting", "hello"]), "OK");
+    let benchmark = |requests: u64| {
+        let mut command = Command::new("redis-benchmark");
+        command.args(["-p", &port, "-t", "incr", "-c", "20", "-q", "-n", &requests.to_string()]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    // How many are enough to outlast an update on this machine.
+    const FIRST: u64 = 2000;
+    let began = Instant::now();
+    assert!(benchmark(FIRST).wait().unwrap().success());
+    let second = ((FIRST as f64 / began.elapsed().as_secs_f64()) * 8.0) as u64;
+
+    let began_ms = unix_ms();
+    let through = benchmark(second);
+    std::thread::sleep(Duration::from_millis(200));
+    let update = store.update("v2").unwrap();
+    let output = through.wait_with_output().unwrap();
+    let ended_ms = unix_ms();
+    assert_committed(&update, &store);
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && !text.contains("rror"), "{}: {text}", output.status);
+    let report = update.report.unwrap();
+    let promoted = report["phases"].as_array().unwrap().iter().find(|timing| timing["phase"] == "promote").unwrap();
+    let switched_ms = report["started_unix_ms"].as_u64().unwrap() as f64 + promoted["start_us"].as_f64().unwrap() / 1e3;
+    assert!(began_ms as f64 <= switched_ms && switched_ms <= ended_ms as f64, "the benchmark ended before the switch");
+
+    // Without -r its key is literally this; every INCR that was acknowledged is there, and none twice.
+    assert_eq!(cli(&["GET", "counter:__rand_int__"]), (FIRST + second).to_string());
+    assert_eq!(cli(&["GET", "greeting"]), "hello");
+    assert_eq!(cli(&["DBSIZE"]), "2");
+    store.finish().unwrap();
+}
