@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use warmswap_load::resp::Reply;
@@ -107,5 +108,48 @@ fn redis_benchmark_runs_through_an_update_and_redis_cli_reads_what_it_wrote() {
     assert_eq!(cli(&["GET", "counter:__rand_int__"]), (FIRST + second).to_string());
     assert_eq!(cli(&["GET", "greeting"]), "hello");
     assert_eq!(cli(&["DBSIZE"]), "2");
+    store.finish().unwrap();
+}
+
+/// Enough writing that the log goes on in a new segment, and gives up an old one, in every phase of the updates.
+#[test]
+fn nothing_is_missing_when_the_log_grows_during_updates() {
+    needs!("nothing_is_missing_when_the_log_grows_during_updates", Requirement::Containers);
+    const OVERWRITTEN: usize = 64;
+    let store = Store::start("scenario-growing", LENIENT).unwrap();
+    store.write_keys(KEYS).unwrap();
+    let load = store.load().unwrap();
+    let done = AtomicBool::new(false);
+    let last_round = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut client = store.client().unwrap();
+            let keys: Vec<String> = (0..OVERWRITTEN).map(|key| format!("large:{key}")).collect();
+            let mut round = 0;
+            while !done.load(Ordering::Acquire) {
+                round += 1;
+                let value = format!("{round:0>65536}");
+                let sets: Vec<[&str; 3]> = keys.iter().map(|key| ["SET", key, &value]).collect();
+                for reply in client.pipeline(&sets).unwrap() {
+                    assert_eq!(reply, Reply::Simple("OK".into()));
+                }
+            }
+            round
+        });
+        for (version, owner) in ["v2", "v1", "v2", "v1"].into_iter().zip(2..) {
+            let update = store.update(version).unwrap();
+            assert_committed(&update, &store);
+            assert_eq!(store.owner().unwrap(), owner);
+            store.check_keys(KEYS).unwrap();
+        }
+        done.store(true, Ordering::Release);
+        writer.join().unwrap()
+    });
+    assert_clean(&load.stop().unwrap());
+    store.check_keys(KEYS).unwrap();
+    let mut client = store.client().unwrap();
+    for key in 0..OVERWRITTEN {
+        let value = client.command(&["GET", &format!("large:{key}")]).unwrap();
+        assert_eq!(value, Reply::Bulk(Some(format!("{last_round:0>65536}").into_bytes())), "large:{key}");
+    }
     store.finish().unwrap();
 }
