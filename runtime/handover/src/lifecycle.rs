@@ -108,6 +108,7 @@ impl Supervisor {
             channel: ours,
             greeting: None,
             ready: false,
+            informed: false,
             closed: false,
             drain_until: None,
         };

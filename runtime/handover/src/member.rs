@@ -36,6 +36,9 @@ pub(crate) struct Member {
     /// Set once it spoke: it links the SDK and takes part in full.
     pub(crate) greeting: Option<Greeting>,
     pub(crate) ready: bool,
+    /// It was sent the state as it was and has heard of every change since, so that it may become owner. News must not
+    /// come before the state: a log is read from its oldest segment on.
+    pub(crate) informed: bool,
     /// Its end of the conversation is closed: it is dead, about to be, or closed every descriptor it did not know.
     pub(crate) closed: bool,
     pub(crate) drain_until: Option<Instant>,
@@ -48,7 +51,7 @@ impl Member {
 
     /// Holds duplicates of the owner's connections and follows its log.
     pub(crate) fn follows(&self) -> bool {
-        self.cooperates() && !self.closed && matches!(self.role, Role::Shadow | Role::Parked)
+        self.informed && self.cooperates() && !self.closed && matches!(self.role, Role::Shadow | Role::Parked)
     }
 }
 

@@ -19,7 +19,7 @@ use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
     Rung, Trigger, Verdict,
 };
-use warmswap_transfer::message::{LogPosition, ToService};
+use warmswap_transfer::message::{Commit, ToService};
 
 use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
@@ -240,7 +240,7 @@ impl Supervisor {
         from: Generation,
         to: Generation,
         deadline: Instant,
-    ) -> Result<Option<LogPosition>, Stop> {
+    ) -> Result<Option<Commit>, Stop> {
         let both = [from, to];
         let mut commit = None;
         for side in both {
@@ -386,6 +386,7 @@ impl Supervisor {
             let reason = format!("{from} has {connections_open} connections but {forwarded} reached {to}");
             return Err(before(Stop::new(reason)));
         }
+        self.informed(to).map_err(before)?;
         let checked = Instant::now();
         self.journal
             .promoted(handover, to, self.greeting_of(to))
@@ -447,6 +448,14 @@ impl Supervisor {
                 Judgement::Continue => {}
             }
         }
+    }
+
+    /// Whether a generation has heard of everything that it must have to own.
+    fn informed(&self, generation: Generation) -> Result<(), Stop> {
+        if self.members.get(&generation).is_some_and(|member| member.informed) {
+            return Ok(());
+        }
+        Err(Stop::new(format!("{generation} has missed news of the state and must not serve")))
     }
 
     fn is_dead(&self, generation: Generation) -> bool {
@@ -562,6 +571,7 @@ impl Supervisor {
         }
         // What it said last may still be on the way: segments and connections that the old one needs.
         self.pump(Duration::ZERO, None);
+        self.informed(from)?;
         self.journal
             .promoted(attempt.handover, from, self.greeting_of(from))
             .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -598,10 +608,10 @@ impl Supervisor {
 }
 
 /// Whether so little happened between two rounds that the follower makes up for it in a fraction of a millisecond.
-fn little_between(last: (Option<LogPosition>, usize), now: (Option<LogPosition>, usize)) -> bool {
+fn little_between(last: (Option<Commit>, usize), now: (Option<Commit>, usize)) -> bool {
     let connections = now.1.abs_diff(last.1);
     let bytes = match (last.0, now.0) {
-        (Some(last), Some(now)) if last.segment == now.segment => now.offset.abs_diff(last.offset),
+        (Some(Commit { position: last, .. }), Some(Commit { position: now, .. })) if last.segment == now.segment => now.offset.abs_diff(last.offset),
         (None, None) => 0,
         _ => u64::MAX,
     };

@@ -78,7 +78,7 @@ impl Supervisor {
             self.segments.extend(segments);
         }
         let running = matches!(container.state, ContainerState::Running { .. });
-        let Some(channel) = channel.filter(|_| running) else {
+        let Some(channel) = channel.filter(|_| running || is_owner) else {
             self.discard(generation);
             return;
         };
@@ -90,11 +90,18 @@ impl Supervisor {
             channel,
             greeting: self.record.greeting.clone().filter(|_| is_owner),
             ready: true,
+            informed: is_owner,
             closed: false,
             drain_until: None,
             id,
         };
         self.members.insert(generation, member);
+        if !running {
+            // What it said of its state while nobody listened is still in the channel, and holds acknowledged writes.
+            self.own_word(generation);
+            self.read_all(generation);
+            self.discard(generation);
+        }
     }
 
     /// One owner, everybody else gone: what was not promoted is undone, what was promoted stays.

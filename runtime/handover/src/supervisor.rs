@@ -17,7 +17,7 @@ use warmswap_model::{Generation, ServiceFile, ServiceName};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
 use warmswap_transfer::message::{
-    ConnectionRecord, LogPosition, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
+    Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
 };
 
 use crate::conditions::Conditions;
@@ -39,8 +39,8 @@ pub(crate) const OWNED_TIME_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Notice {
     Ready,
-    CaughtUp { round: u64, commit: Option<LogPosition>, connections: u64 },
-    Yielded { handover: u64, commit: Option<LogPosition>, connections_open: u64 },
+    CaughtUp { round: u64, commit: Option<Commit>, connections: u64 },
+    Yielded { handover: u64, commit: Option<Commit>, connections_open: u64 },
     Owned { handover: u64, connections: u64 },
     Failed { what: String },
     Closed,
@@ -298,7 +298,7 @@ impl Supervisor {
         &self,
         to: Generation,
         handover: u64,
-        commit: Option<LogPosition>,
+        commit: Option<Commit>,
         connections_open: Option<u64>,
         follow: bool,
     ) -> Result<(), Stop> {
@@ -313,11 +313,15 @@ impl Supervisor {
         })
     }
 
-    pub(crate) fn send_segments(&self, to: Generation) -> Result<u64, Stop> {
+    /// Sends the state as it is, bytes; from here on every change of it is forwarded.
+    pub(crate) fn send_segments(&mut self, to: Generation) -> Result<u64, Stop> {
         let mut bytes = 0;
         for (index, segment) in &self.segments {
             bytes += nix::sys::stat::fstat(segment).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
             self.tell(to, &ToService::Segment { index: *index }, &[segment.as_fd()])?;
+        }
+        if let Some(member) = self.members.get_mut(&to) {
+            member.informed = true;
         }
         Ok(bytes)
     }
@@ -391,7 +395,7 @@ impl Supervisor {
         }
     }
 
-    fn read_all(&mut self, generation: Generation) {
+    pub(crate) fn read_all(&mut self, generation: Generation) {
         loop {
             let Some(member) = self.members.get_mut(&generation) else { return };
             let received = match member.channel.try_recv() {
@@ -540,6 +544,7 @@ impl Supervisor {
                 let notice = match error {
                     ChannelError::Closed => Notice::Closed,
                     error => {
+                        member.informed = false;
                         let what = format!("cannot be told what the owner does: {}", with_causes(&error));
                         Notice::Failed { what }
                     }

@@ -10,7 +10,7 @@ use warmswap_sdk::transfer::channel::SupervisorChannel;
 use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
 use warmswap_sdk::transfer::log::LogConfig;
 use warmswap_sdk::transfer::map::ResidentMap;
-use warmswap_sdk::transfer::message::{ConnectionRecord, LogPosition, ToService, ToSupervisor, socket_cookie};
+use warmswap_sdk::transfer::message::{ConnectionRecord, Commit, ToService, ToSupervisor, socket_cookie};
 use warmswap_sdk::transfer::state::{NoState, State};
 use warmswap_sdk::{Event, OUTBOX_LEN_MAX, Service};
 
@@ -50,7 +50,7 @@ impl<S: State> Stage<S> {
         self.page.store(ControlWord { epoch: self.epoch, owner });
     }
 
-    fn own(&mut self, commit: Option<LogPosition>, connections_open: Option<u64>, follow: bool) {
+    fn own(&mut self, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
         self.word(5);
         self.tell(&ToService::Own { handover: 9, commit, connections_open, follow });
     }

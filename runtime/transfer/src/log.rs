@@ -63,6 +63,8 @@ pub enum LogError {
     Segment(#[from] SegmentError),
     #[error("segment {index} is there already")]
     Duplicate { index: u64 },
+    #[error("segment {index} came after segment {last}: segments of a log come one after the other, none left out")]
+    OutOfOrder { index: u64, last: u64 },
     #[error("a record of {len} bytes is longer than {max}")]
     RecordTooLong { len: usize, max: usize },
     #[error("a key of {len} bytes is longer than {}", record::KEY_LEN_MAX)]
@@ -82,6 +84,8 @@ pub enum LogError {
     Diverged { at: LogPosition, fence: LogPosition },
     #[error("the log ends at {at} here and at {commit} where it was written")]
     Behind { at: LogPosition, commit: LogPosition },
+    #[error("the log ends at {at} here and where it was written, but what is alive differs")]
+    Different { at: LogPosition },
     #[error("segment {index} was retired although {what}")]
     RetiredTooEarly { index: u64, what: &'static str },
     #[error("only the owner of the log can write it")]
@@ -204,14 +208,17 @@ impl LogReader {
         self.position
     }
 
-    /// Adds a segment that came from another process. Segments come in ascending order; the first that comes is where
-    /// reading begins.
+    /// Adds a segment that came from another process. Segments come in ascending order and none is left out; the first
+    /// that comes is where reading begins.
     ///
     /// # Errors
     /// When it is not what it should be; it is closed then.
     pub fn add_segment(&mut self, index: u64, fd: OwnedFd) -> Result<(), LogError> {
         if self.segments.0.contains_key(&index) {
             return Err(LogError::Duplicate { index });
+        }
+        if let Some(last) = self.segments.last().filter(|last| last.checked_add(1) != Some(index)) {
+            return Err(LogError::OutOfOrder { index, last });
         }
         let segment = Segment::open(fd, index, &self.config.schemas_read)?;
         let fence = LogPosition { segment: index.wrapping_sub(1), offset: segment.header().previous_end };

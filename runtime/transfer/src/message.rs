@@ -60,6 +60,14 @@ impl fmt::Display for LogPosition {
     }
 }
 
+/// Where a log ends, and what is alive in it there: two processes that agree on both hold the same state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+pub struct Commit {
+    pub position: LogPosition,
+    /// Sum of a hash of the place of every living record, modulo 2⁶⁴.
+    pub digest: u64,
+}
+
 /// One established connection on its way from owner to follower.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 pub struct ConnectionRecord {
@@ -97,7 +105,7 @@ pub enum ToService {
     ConnectionsClosed { cookies: Vec<u64> },
     /// Answer with `CaughtUp` of the same round: the owner once everything before is sent, the follower once it has
     /// followed the log to `commit`.
-    CaughtUp { round: u64, commit: Option<LogPosition> },
+    CaughtUp { round: u64, commit: Option<Commit> },
     /// To the owner: stop serving, finish what is in flight within `budget_us` microseconds, answer `Yielded`.
     Yield { handover: u64, budget_us: u64 },
     /// Serve. The control word already names this generation. `commit`: where the log ends according to `Yielded`;
@@ -109,7 +117,7 @@ pub enum ToService {
     /// it was at `Yielded` (nobody served since). Otherwise, when `connections_open` is `None`, an owner died with
     /// whatever it had read and not answered: connections are closed, because a client can deal with an end but not
     /// with an answer that never comes.
-    Own { handover: u64, commit: Option<LogPosition>, connections_open: Option<u64>, follow: bool },
+    Own { handover: u64, commit: Option<Commit>, connections_open: Option<u64>, follow: bool },
     /// Finish within `drain_ms` milliseconds, answer `Drained` and exit.
     Retire { drain_ms: u64 },
 }
@@ -144,13 +152,13 @@ pub enum ToSupervisor {
     /// `commit`: where this process's view of the log ends (`None`: it keeps no state). `connections`: how many it holds.
     CaughtUp {
         round: u64,
-        commit: Option<LogPosition>,
+        commit: Option<Commit>,
         connections: u64,
     },
     /// Stopped serving; the log ends at `commit`; `connections_open` connections were handed over and not closed since.
     Yielded {
         handover: u64,
-        commit: Option<LogPosition>,
+        commit: Option<Commit>,
         connections_open: u64,
     },
     /// Serving. `connections` it serves from the start.

@@ -6,7 +6,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::log::LogError;
-use crate::message::LogPosition;
+use crate::message::{Commit, LogPosition};
 
 /// Something the other process must learn about this state's segments, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,14 +41,14 @@ pub trait State {
     /// From follower to owner; `commit` as in `ToService::Own`.
     ///
     /// # Errors
-    /// When `commit` is not reached; stays follower.
-    fn become_owner(&mut self, commit: Option<LogPosition>) -> Result<(), LogError>;
+    /// When `commit` is not reached or something else is alive here than there; stays follower.
+    fn become_owner(&mut self, commit: Option<Commit>) -> Result<(), LogError>;
 
     /// From owner to follower. Nothing to do for a follower.
     fn become_follower(&mut self);
 
-    /// Publishes everything appended (owner); `None` for a state without a log.
-    fn commit(&mut self) -> Option<LogPosition>;
+    /// Publishes everything appended (owner) and says what there is; `None` for a state without a log.
+    fn commit(&mut self) -> Option<Commit>;
 
     /// Where this view of the log ends; `None` for a state without a log.
     fn position(&self) -> Option<LogPosition>;
@@ -81,13 +81,13 @@ impl State for NoState {
         Ok(0)
     }
 
-    fn become_owner(&mut self, _commit: Option<LogPosition>) -> Result<(), LogError> {
+    fn become_owner(&mut self, _commit: Option<Commit>) -> Result<(), LogError> {
         Ok(())
     }
 
     fn become_follower(&mut self) {}
 
-    fn commit(&mut self) -> Option<LogPosition> {
+    fn commit(&mut self) -> Option<Commit> {
         None
     }
 

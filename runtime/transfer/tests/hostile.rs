@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use warmswap_transfer::channel::{Channel, ChannelError, DESCRIPTORS_MAX, MESSAGE_LEN_MAX, SupervisorChannel};
 use warmswap_transfer::message::{
-    CARRY_LEN_MAX, CONNECTIONS_PER_MESSAGE_MAX, ConnectionRecord, LogPosition, Message, ToService, ToSupervisor,
+    CARRY_LEN_MAX, CONNECTIONS_PER_MESSAGE_MAX, Commit, ConnectionRecord, LogPosition, Message, ToService, ToSupervisor,
     socket_cookie, split_connections,
 };
 
@@ -228,7 +228,7 @@ proptest! {
     fn messages_survive_the_round_trip(records in prop::collection::vec(any_record(), 0..8), segment: u64, offset: u64) {
         let message = ToSupervisor::Connections { records };
         prop_assert_eq!(ToSupervisor::decode(&message.encode().unwrap()).unwrap(), message);
-        let commit = Some(LogPosition { segment, offset });
+        let commit = Some(Commit { position: LogPosition { segment, offset }, digest: offset });
         let message = ToService::Own { handover: 1, commit, connections_open: None, follow: true };
         prop_assert_eq!(ToService::decode(&message.encode().unwrap()).unwrap(), message);
     }

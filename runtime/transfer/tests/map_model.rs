@@ -43,6 +43,7 @@ impl Pair {
             }
         }
         self.follower.follow().unwrap();
+        assert_eq!(self.follower.commit(), self.owner.commit());
     }
 
     fn hand_over(&mut self) {
@@ -238,6 +239,29 @@ fn what_a_stale_owner_publishes_after_its_successor_began_is_not_read() {
     let fd = pair.follower.segment_fd(1).unwrap().try_clone_to_owned().unwrap();
     pair.owner.become_follower();
     assert!(matches!(pair.owner.add_segment(1, fd), Err(LogError::Diverged { .. })));
+}
+
+/// A new segment that is announced before the ones before it must not pass for the whole log.
+#[test]
+fn a_follower_that_missed_a_segment_does_not_become_owner() {
+    let mut pair = Pair::new();
+    for key in 0..40_u32 {
+        pair.owner.insert(&key.to_le_bytes(), &vec![1; 4000]).unwrap();
+    }
+    let commit = pair.owner.commit();
+    let segment = |index| pair.owner.segment_fd(index).unwrap().try_clone_to_owned().unwrap();
+    pair.follower.add_segment(2, segment(2)).unwrap();
+    for index in [0, 1] {
+        let refused = pair.follower.add_segment(index, segment(index));
+        assert!(matches!(refused, Err(LogError::OutOfOrder { last: 2, .. })), "{refused:?}");
+    }
+    // It is where the owner is, and yet not all is there.
+    assert!(matches!(pair.follower.become_owner(commit), Err(LogError::Different { .. })));
+
+    let mut gap = Map::new(config()).unwrap();
+    gap.add_segment(0, segment(0)).unwrap();
+    let refused = gap.add_segment(2, segment(2));
+    assert!(matches!(refused, Err(LogError::OutOfOrder { index: 2, last: 0 })), "{refused:?}");
 }
 
 #[test]

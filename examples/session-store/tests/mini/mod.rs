@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use warmswap_sdk::transfer::channel::{ChannelError, SupervisorChannel};
 use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
-use warmswap_sdk::transfer::message::{LogPosition, ToService, ToSupervisor, socket_cookie};
+use warmswap_sdk::transfer::message::{Commit, ToService, ToSupervisor, socket_cookie};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const LISTENER_FD: RawFd = 3;
@@ -86,13 +86,13 @@ impl Mini {
         self.listener.local_addr().unwrap()
     }
 
-    fn own(&mut self, commit: Option<LogPosition>, connections_open: Option<u64>, follow: bool) {
+    fn own(&mut self, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
         self.epoch += 1;
         self.page.store(ControlWord { epoch: self.epoch, owner: self.owner.generation });
         self.tell_own(commit, connections_open, follow);
     }
 
-    fn tell_own(&mut self, commit: Option<LogPosition>, connections_open: Option<u64>, follow: bool) {
+    fn tell_own(&mut self, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
         let own = ToService::Own { handover: self.handover, commit, connections_open, follow };
         self.owner.channel.send(&own, &[]).unwrap();
     }
@@ -138,7 +138,7 @@ impl Mini {
     }
 
     /// QUIESCE, as far as `Yielded`.
-    pub fn yield_owner(&mut self) -> (Option<LogPosition>, u64) {
+    pub fn yield_owner(&mut self) -> (Option<Commit>, u64) {
         self.handover += 1;
         let handover = self.handover;
         self.owner.channel.send(&ToService::Yield { handover, budget_us: 100_000 }, &[]).unwrap();

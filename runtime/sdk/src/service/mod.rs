@@ -12,7 +12,7 @@ use warmswap_transfer::channel::{ChannelError, ServiceChannel};
 use warmswap_transfer::control::{ControlError, ControlView, ControlWord};
 use warmswap_transfer::log::LogError;
 use warmswap_transfer::message::{
-    CARRY_LEN_MAX, LogPosition, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
+    CARRY_LEN_MAX, Commit, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
 };
 use warmswap_transfer::state::{SegmentNotice, State};
 
@@ -127,7 +127,7 @@ pub struct Service<S> {
     resend: VecDeque<u64>,
     opened: Vec<u64>,
     closed: Vec<u64>,
-    caught_up: Option<(u64, Option<LogPosition>)>,
+    caught_up: Option<(u64, Option<Commit>)>,
     quiescing: Option<(u64, Instant)>,
     serving_for: Option<u64>,
     yielded: Option<Yielded>,
@@ -334,7 +334,7 @@ impl<S: State> Service<S> {
     ///
     /// # Errors
     /// When the conversation broke.
-    pub fn commit(&mut self) -> Result<Option<LogPosition>, SdkError> {
+    pub fn commit(&mut self) -> Result<Option<Commit>, SdkError> {
         // The supervisor learns of a segment before anything in it is acknowledged.
         while let Some(notice) = self.state.take_notice() {
             self.announce(notice)?;
@@ -522,7 +522,7 @@ impl<S: State> Service<S> {
         Ok(())
     }
 
-    fn own(&mut self, handover: u64, commit: Option<LogPosition>, connections_open: Option<u64>, follow: bool) {
+    fn own(&mut self, handover: u64, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
         if self.role == Role::Owner {
             // Owns already: a handover was called off before it yielded, or a new supervisor makes sure.
             self.quiescing = None;
@@ -554,11 +554,11 @@ impl<S: State> Service<S> {
                 self.commit()?
             }
             Role::Follower => {
-                let at = self.state.position();
-                if self.state_broken || wanted.is_some() && at < wanted {
+                let reached = wanted.is_none_or(|wanted| self.state.position() >= Some(wanted.position));
+                if self.state_broken || !reached {
                     return Ok(());
                 }
-                at
+                self.state.commit()
             }
         };
         self.caught_up = None;

@@ -23,7 +23,7 @@ use rkyv::util::AlignedVec;
 use rkyv::{Archive, Archived, Serialize, rancor};
 
 use crate::log::{LogConfig, LogError, LogReader, LogWriter, RecordAt, Segments};
-use crate::message::LogPosition;
+use crate::message::{Commit, LogPosition};
 use crate::record::RecordKind;
 use crate::state::{SegmentNotice, State};
 
@@ -61,6 +61,16 @@ impl Living {
     fn position(self) -> LogPosition {
         LogPosition { segment: self.segment, offset: self.offset.into() }
     }
+
+    /// Its part of the digest in a [`Commit`]: the output function of splitmix64, so that sums of nearby places differ.
+    fn digest(self) -> u64 {
+        let mixed = |z: u64| {
+            let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^ (z >> 31)
+        };
+        mixed(mixed(self.segment.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ u64::from(self.offset))
+    }
 }
 
 #[derive(Debug)]
@@ -93,6 +103,8 @@ impl Role {
 pub struct ResidentMap<V> {
     role: Role,
     index: HashTable<Living>,
+    /// Of everything in the index.
+    digest: u64,
     hasher: RandomState,
     /// Bytes of living records per segment.
     living: BTreeMap<u64, u64>,
@@ -111,6 +123,7 @@ impl<V: Value> ResidentMap<V> {
         Ok(Self {
             role: Role::Follower(LogReader::new(config)?),
             index: HashTable::new(),
+            digest: 0,
             hasher: RandomState::new(),
             living: BTreeMap::new(),
             compaction: Compaction::default(),
@@ -195,14 +208,16 @@ impl<V: Value> ResidentMap<V> {
 
     /// Makes the record at `at` the living one of `key`.
     fn set(&mut self, key: &[u8], at: RecordAt) -> Result<bool, LogError> {
-        let Self { role, index, hasher, living, .. } = self;
+        let Self { role, index, digest, hasher, living, .. } = self;
         let segments = role.segments();
         let new = Living::new(at);
+        *digest = digest.wrapping_add(new.digest());
         *living.entry(new.segment).or_default() += u64::from(new.len);
         let rehash = |entry: &Living| segments.record(entry.position()).map_or(0, |view| hasher.hash_one(view.key));
         match index.entry(hasher.hash_one(key), |entry| is_of(segments, *entry, key), rehash) {
             Entry::Occupied(mut entry) => {
                 let old = std::mem::replace(entry.get_mut(), new);
+                *digest = digest.wrapping_sub(old.digest());
                 bury(living, old);
                 Ok(true)
             }
@@ -214,10 +229,11 @@ impl<V: Value> ResidentMap<V> {
     }
 
     fn unset(&mut self, key: &[u8]) {
-        let Self { role, index, hasher, living, .. } = self;
+        let Self { role, index, digest, hasher, living, .. } = self;
         let segments = role.segments();
         if let Ok(entry) = index.find_entry(hasher.hash_one(key), |entry| is_of(segments, *entry, key)) {
             let (old, _) = entry.remove();
+            *digest = digest.wrapping_sub(old.digest());
             bury(living, old);
         }
     }
@@ -300,8 +316,15 @@ impl<V: Value> State for ResidentMap<V> {
         }
     }
 
-    fn become_owner(&mut self, commit: Option<LogPosition>) -> Result<(), LogError> {
+    fn become_owner(&mut self, commit: Option<Commit>) -> Result<(), LogError> {
         self.follow()?;
+        if let (Some(commit), Role::Follower(reader)) = (commit, &self.role)
+            && commit.position == reader.position()
+            && commit.digest != self.digest
+        {
+            return Err(LogError::Different { at: commit.position });
+        }
+        let commit = commit.map(|commit| commit.position);
         match std::mem::replace(&mut self.role, Role::Changing) {
             Role::Follower(reader) => match reader.into_writer(commit) {
                 Ok(writer) => {
@@ -329,12 +352,13 @@ impl<V: Value> State for ResidentMap<V> {
         };
     }
 
-    fn commit(&mut self) -> Option<LogPosition> {
-        match &mut self.role {
-            Role::Owner(writer) => Some(writer.commit()),
-            Role::Follower(reader) => Some(reader.position()),
-            Role::Changing => None,
-        }
+    fn commit(&mut self) -> Option<Commit> {
+        let position = match &mut self.role {
+            Role::Owner(writer) => writer.commit(),
+            Role::Follower(reader) => reader.position(),
+            Role::Changing => return None,
+        };
+        Some(Commit { position, digest: self.digest })
     }
 
     fn position(&self) -> Option<LogPosition> {
