@@ -14,6 +14,8 @@ use warmswap_agent::api::{ApiError, LOCK_NAME, SOCKET_NAME};
 
 /// How long an agent may take to answer a question that needs no container.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(15);
+/// How long it may take to end services, which it does itself within a minute.
+const STOP_TIME_MAX: Duration = Duration::from_secs(90);
 /// How long an agent may take to open its socket.
 const START_TIME_MAX: Duration = Duration::from_secs(60);
 
@@ -99,6 +101,14 @@ impl Client {
         self.whole(Method::POST, path, serde_json::to_vec(body)?.into(), None)
     }
 
+    /// Asks for the end of a service, or of everything. Whether the agent still works is asked first: it answers that at
+    /// once, while ending takes its time.
+    pub(crate) fn stop(&self, path: &str) -> Result<()> {
+        let _: serde_json::Value = self.get("/v1/status")?;
+        let _: serde_json::Value = self.whole(Method::POST, path, "{}".into(), Some(STOP_TIME_MAX))?;
+        Ok(())
+    }
+
     /// Calls `each` with every line of the answer; stops when it returns false.
     pub(crate) fn lines<A: DeserializeOwned>(
         &self,
@@ -146,11 +156,23 @@ impl Client {
         self.runtime.block_on(async {
             match time_max {
                 None => answer.await,
-                Some(time_max) => tokio::time::timeout(time_max, answer).await.unwrap_or_else(|_| {
-                    bail!("the agent does not answer; if it hangs, end its process: services go on without it")
-                }),
+                Some(time_max) => match tokio::time::timeout(time_max, answer).await {
+                    Ok(answer) => answer,
+                    Err(_) => Err(self.hangs(time_max).await),
+                },
             }
         })
+    }
+
+    async fn hangs(&self, time_max: Duration) -> anyhow::Error {
+        let stream = tokio::net::UnixStream::connect(&self.socket).await;
+        let pid = stream.ok().and_then(|stream| stream.peer_cred().ok()?.pid());
+        let pid = pid.map_or_else(|| "PID".to_owned(), |pid| pid.to_string());
+        anyhow!(
+            "the agent (process {pid}) has not answered for {} s; if it hangs, end it with `kill -9 {pid}`: services go on \
+             without it, and the next agent takes them over",
+            time_max.as_secs()
+        )
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>> {

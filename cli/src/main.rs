@@ -20,10 +20,11 @@ fn main() -> ExitCode {
         return code;
     }
     let args = args::Args::parse();
+    let json = args.json;
     match verbs::run(args) {
         Ok(code) => code,
         Err(error) => {
-            output::error(&error);
+            output::error(&error, json);
             ExitCode::FAILURE
         }
     }

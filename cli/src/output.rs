@@ -48,7 +48,11 @@ pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(crate) fn error(error: &anyhow::Error) {
+/// To standard error for people, and for programs as the last JSON document.
+pub(crate) fn error(error: &anyhow::Error, json: bool) {
+    if json {
+        say(&serde_json::json!({ "error": format!("{error:#}") }).to_string());
+    }
     let label = if std::io::stderr().is_terminal() { "\x1b[31merror:\x1b[0m" } else { "error:" };
     eprintln!("{label} {error:#}");
 }

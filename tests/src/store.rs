@@ -237,6 +237,26 @@ impl Store {
         pids.with_context(|| format!("no cgroup below warmswap has the inode {inode}"))
     }
 
+    /// The processes that keep the containers of this ground.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn shims(&self) -> Result<Vec<i32>> {
+        let run_dir = self.ground.run_dir();
+        let mut shims = Vec::new();
+        for entry in fs::read_dir("/proc")?.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // Ended since the folder was read, perhaps.
+            let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+            let mut words = line.split(|byte| *byte == 0);
+            let ours = run_dir.as_os_str().as_encoded_bytes();
+            if words.any(|word| word == b"internal-shim") && words.next() == Some(ours) {
+                shims.push(pid);
+            }
+        }
+        Ok(shims)
+    }
+
     /// A connection.
     ///
     /// # Errors

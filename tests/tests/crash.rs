@@ -31,6 +31,29 @@ fn assert_updates(store: &Store, version: &str) {
     store.check_keys(KEYS).unwrap();
 }
 
+/// So much that the log goes on in segments that nobody but the service knows of when no agent runs.
+const LARGE_KEYS: usize = 600;
+
+fn large_value(key: usize) -> String {
+    format!("{key:0>60000}")
+}
+
+fn write_segments(store: &Store) {
+    let mut client = store.client().unwrap();
+    for key in 0..LARGE_KEYS {
+        let reply = client.command(&["SET", &format!("large:{key}"), &large_value(key)]).unwrap();
+        assert_eq!(reply, Reply::Simple("OK".into()));
+    }
+}
+
+fn check_segments(store: &Store) {
+    let mut client = store.client().unwrap();
+    for key in 0..LARGE_KEYS {
+        let reply = client.command(&["GET", &format!("large:{key}")]).unwrap();
+        assert!(reply == Reply::Bulk(Some(large_value(key).into_bytes())), "large:{key} is gone or differs");
+    }
+}
+
 /// SIGKILL to a process of a container of ours.
 fn kill(pid: i32) {
     // SAFETY: a system call without memory.
@@ -58,6 +81,30 @@ fn a_killed_agent_is_not_missed_and_its_successor_finds_the_service() {
     assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(3));
     assert_updates(&store, "v2");
     assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(4));
+    assert_clean(load);
+    store.finish().unwrap();
+}
+
+/// As `pkill -9 warmswap` does.
+#[test]
+fn a_service_outlives_everything_of_warmswap_and_is_taken_over_with_its_connections() {
+    needs!("a_service_outlives_everything_of_warmswap_and_is_taken_over_with_its_connections", Requirement::Containers);
+    let mut store = start("scenario-alone", LENIENT);
+    let (pids, shims) = (store.pids(1).unwrap(), store.shims().unwrap());
+    assert_eq!(shims.len(), 1);
+    let load = store.load().unwrap();
+    store.kill_agent().unwrap();
+    shims.into_iter().for_each(kill);
+    write_segments(&store);
+
+    store.start_agent().unwrap();
+    assert_eq!((store.owner().unwrap(), store.pids(1).unwrap()), (1, pids), "the service was not touched");
+    let status = store.status().unwrap();
+    assert!(status["trouble"].as_str().is_some_and(|trouble| trouble.contains("shim")), "{status}");
+    assert_updates(&store, "v2");
+    assert!(store.status().unwrap()["trouble"].is_null(), "the new generation has a shim of its own");
+    assert_eq!(store.shims().unwrap().len(), 1);
+    check_segments(&store);
     assert_clean(load);
     store.finish().unwrap();
 }
@@ -119,10 +166,12 @@ fn an_owner_that_dies_while_no_agent_runs_is_started_again_by_the_next_one() {
     let mut store = start("scenario-both", LENIENT);
     let pids = store.pids(1).unwrap();
     store.kill_agent().unwrap();
+    write_segments(&store);
     pids.into_iter().for_each(kill);
     store.start_agent().unwrap();
     eventually("somebody else serves", PATIENCE, || store.owner().is_ok_and(|owner| owner > 1));
     store.check_keys(KEYS).unwrap();
+    check_segments(&store);
     store.finish().unwrap();
 }
 

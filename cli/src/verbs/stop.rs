@@ -16,7 +16,7 @@ pub(super) fn stop(here: &Here, service: Option<&ServiceName>) -> Result<ExitCod
     match service {
         Some(service) => {
             let client = Client::connect(&here.run_dir)?;
-            let _: serde_json::Value = client.post(&format!("/v1/services/{service}/stop"), &json!({}))?;
+            client.stop(&format!("/v1/services/{service}/stop"))?;
             if here.json { say_json(&json!({ "stopped": service }))? } else { say(&format!("{service} ended")) }
         }
         None => stop_all(here)?,
@@ -27,11 +27,12 @@ pub(super) fn stop(here: &Here, service: Option<&ServiceName>) -> Result<ExitCod
 /// With an agent: it ends its services and itself. With or without: whatever is left of ours is removed.
 fn stop_all(here: &Here) -> Result<()> {
     if let Ok(client) = Client::connect(&here.run_dir) {
-        let answer: Result<serde_json::Value> = client.post("/v1/stop", &json!({}));
-        if let Err(error) = answer {
-            eprintln!("the agent does not stop by itself: {error:#}");
-        }
+        let stopped = client.stop("/v1/stop");
         client.wait_until_gone();
+        // Removing under the hands of an agent that lives would make it start its services again.
+        if Client::connect(&here.run_dir).is_ok() {
+            return stopped.and_then(|()| bail!("the agent has stopped its services but does not end"));
+        }
     }
     let (removed, left) = purge(&here.run_dir)?;
     if here.json {

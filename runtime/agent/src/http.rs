@@ -191,13 +191,7 @@ async fn run(State(server): State<Server>, body: Bytes) -> Result<Json<ServiceSt
     let status = blocking(move || {
         let (file, folder) = parse_file(&request)?;
         let shared = &server.shared;
-        let _one_at_a_time = lock(&shared.starting);
-        if shared.service(&file.name).is_ok() {
-            let name = &file.name;
-            return Err(AgentError::Refused(format!(
-                "{name} runs already; `warmswap update {name} --file FILE` hands it over, `warmswap stop {name}` ends it"
-            )));
-        }
+        let _starting = shared.start(&file.name)?;
         let prepared = service::digest(shared, &file.image.resolved(&folder))?;
         let conditions = Arc::new(AgentConditions { shared: Arc::clone(shared) });
         let journal = shared.journal_path(&file.name);
@@ -279,7 +273,10 @@ fn begin_update(
     match lock(&handle.state).accept(&Request::Update { digest }) {
         Admission::Accept => {}
         Admission::Ignore => {
-            return Err(AgentError::Refused(format!("{name} is being handed over to this image already")));
+            return Err(AgentError::Refused(format!(
+                "{name} is being handed over to this image already; `warmswap status {name}` shows how far, \
+                 `warmswap history {name}` how it ended"
+            )));
         }
         Admission::Deny { reason } => return Err(AgentError::Refused(format!("{name}: {reason}"))),
     }

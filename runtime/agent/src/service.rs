@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc::UnboundedSender;
-use warmswap_backend::PreparedImage;
+use warmswap_backend::{ContainerId, ContainerUsage, PreparedImage};
 use warmswap_handover::{MemberStatus, Plan, Role, Supervisor};
 use warmswap_model::{
     CgroupId, Generation, HandoverReport, ImageRef, PerResource, Resource, ServiceFile, ServiceName, Trigger, Verdict,
@@ -81,7 +81,7 @@ impl ServiceHandle {
     }
 
     /// The shadow of the handover in progress.
-    pub(crate) fn shadow(&self, shared: &Shared) -> Option<warmswap_backend::ContainerId> {
+    pub(crate) fn shadow(&self, shared: &Shared) -> Option<ContainerId> {
         let owner = lock(&self.snapshot).owner;
         let found = shared.backend.list().ok()?;
         let newest = found.into_iter().rfind(|container| container.spec.id.service == self.name)?;
@@ -213,7 +213,7 @@ impl Actor {
         // Without a forecast the ceiling is held: a shadow must not starve because nobody has watched for long enough.
         let reserved = forecast.as_ref().map_or(
             PerResource { cpu: 0.0, memory: settings.resources.memory_mb_max, network: 0.0, disk: 0.0 },
-            |demand| reservation(demand, &percent, &rails),
+            |demand| reservation(demand, self.memory_mb(), &percent, &rails),
         );
         let plan = Plan {
             handover: self.shared.history.next_handover_id()?,
@@ -249,17 +249,25 @@ impl Actor {
         Ok(report)
     }
 
+    /// What the owner holds now, MB.
+    fn memory_mb(&self) -> f64 {
+        self.usage().memory_bytes as f64 / f64::from(1 << 20)
+    }
+
+    /// Of the owner; nothing when that is not known.
+    fn usage(&self) -> ContainerUsage {
+        let owner =
+            self.supervisor.owner().map(|generation| ContainerId { service: self.handle.name.clone(), generation });
+        owner.and_then(|id| self.shared.backend.usage(&id).ok()).unwrap_or_default()
+    }
+
     /// Predicted against actual, back into the percentages.
     fn learn(&mut self, report: &HandoverReport, percent: &PerResource<f64>) {
         let (Some(forecast), Some(after)) = (&report.forecast, &report.after) else { return };
         let p99 = |side: &Option<warmswap_model::Measurements>| side.as_ref().and_then(|side| side.p99_us);
         let dip = matches!((p99(&report.before), p99(&report.after)),
             (Some(before), Some(after)) if after > before * DIP_RATIO);
-        let owner = self
-            .supervisor
-            .owner()
-            .map(|generation| warmswap_backend::ContainerId { service: self.handle.name.clone(), generation });
-        let usage = owner.and_then(|id| self.shared.backend.usage(&id).ok()).unwrap_or_default();
+        let usage = self.usage();
         self.tuner.learn(&Outcome {
             percent: *percent,
             base: PerResource::from_fn(|resource: Resource| forecast.quantiles[resource].q90),

@@ -1,6 +1,6 @@
 //! What the threads of the agent share, and the errors they report.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -64,9 +64,20 @@ pub(crate) struct Shared {
     pub(crate) forecaster: Mutex<Forecaster>,
     pub(crate) bands: Mutex<BTreeMap<ServiceName, Vec<Band>>>,
     pub(crate) leases: Mutex<BTreeMap<ServiceName, PerResource<f64>>>,
-    /// Held while a service is started, so that two starts of one name cannot pass each other.
-    pub(crate) starting: Mutex<()>,
+    starting: Mutex<BTreeSet<ServiceName>>,
     services: Mutex<BTreeMap<ServiceName, Arc<ServiceHandle>>>,
+}
+
+/// A name that nobody else can start a service under while this lives.
+pub(crate) struct Starting<'a> {
+    shared: &'a Shared,
+    name: ServiceName,
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        lock(&self.shared.starting).remove(&self.name);
+    }
 }
 
 impl Shared {
@@ -109,6 +120,20 @@ impl Shared {
 
     pub(crate) fn add(&self, handle: Arc<ServiceHandle>) {
         lock(&self.services).insert(handle.name.clone(), handle);
+    }
+
+    /// Claims a name for a service that is to be started, so that two starts of one name cannot pass each other.
+    pub(crate) fn start(&self, name: &ServiceName) -> Result<Starting<'_>, AgentError> {
+        if !lock(&self.starting).insert(name.clone()) {
+            return Err(AgentError::Refused(format!("{name} is being started; `warmswap status` shows when it runs")));
+        }
+        let starting = Starting { shared: self, name: name.clone() };
+        if self.service(name).is_ok() {
+            return Err(AgentError::Refused(format!(
+                "{name} runs already; `warmswap update {name} --file FILE` hands it over, `warmswap stop {name}` ends it"
+            )));
+        }
+        Ok(starting)
     }
 
     pub(crate) fn remove(&self, name: &ServiceName) {

@@ -117,6 +117,9 @@ pub struct ContainerUsage {
     pub written_bytes: u64,
 }
 
+/// Begins the names of memory files among [`Backend::kept_fds`].
+pub const MEMORY_FILE_PREFIX: &str = "memfd:";
+
 /// A container that outlived its supervisor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FoundContainer {
@@ -185,6 +188,8 @@ pub trait Backend: Send + Sync {
 
     fn drop_kept_fd(&self, id: &ContainerId, name: &str) -> Result<()>;
 
-    /// Duplicates of everything kept, in the order kept.
+    /// Duplicates of everything kept, in the order kept. When whoever kept it was killed and the container runs still: of
+    /// what the container itself holds, its descriptors from [`Self::create`] by name and its memory files by
+    /// [`MEMORY_FILE_PREFIX`] and their name.
     fn kept_fds(&self, id: &ContainerId) -> Result<Vec<NamedFd>>;
 }

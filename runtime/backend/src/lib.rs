@@ -17,8 +17,8 @@ mod layout;
 mod process;
 
 pub use contract::{
-    Backend, ContainerId, ContainerSpec, ContainerState, ContainerUsage, FoundContainer, HostCapacity, Limits, NamedFd,
-    PreparedImage, Result, ServiceGround,
+    Backend, ContainerId, ContainerSpec, ContainerState, ContainerUsage, FoundContainer, HostCapacity, Limits,
+    MEMORY_FILE_PREFIX, NamedFd, PreparedImage, Result, ServiceGround,
 };
 pub use embedded::{EmbeddedBackend, EmbeddedConfig, internal_main, leftovers, purge};
 pub use error::BackendError;

@@ -279,11 +279,12 @@ fn a_container_whose_shim_was_killed_is_listed_signalled_and_destroyed() {
         log_with(&backend, &one, "READY");
         kill(shim_pid(&host, &one));
         let end = Instant::now() + LONG;
-        while backend.kept_fds(&one).is_ok() {
+        while backend.drop_kept_fd(&one, "none").is_ok() {
             assert!(Instant::now() < end);
         }
-        let error = backend.kept_fds(&one).unwrap_err().to_string();
+        let error = backend.drop_kept_fd(&one, "none").unwrap_err().to_string();
         assert!(error.contains("its shim process has ended"), "{error}");
+        assert!(backend.kept_fds(&one).unwrap().is_empty(), "it was given none and has no memory files");
         let fresh = host.backend();
         let found = fresh.list().unwrap();
         let state = found.iter().find(|f| f.spec.id == one).unwrap().state;

@@ -10,7 +10,7 @@ use warmswap_transfer::message::ToService;
 
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
-use crate::supervisor::{KEPT_CONTROL, KEPT_SEGMENT, Supervisor, describe_exit, with_causes};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor, describe_exit, with_causes};
 
 /// A program that has not spoken this long after its start does not link the SDK.
 const GREETING_TIME_MAX: Duration = Duration::from_secs(3);
@@ -84,7 +84,10 @@ impl Supervisor {
             env.insert("LISTEN_PID".into(), "1".into());
         }
         env.insert("WARMSWAP_CONTROL_FD".into(), (3 + fds.len()).to_string());
-        fds.push(NamedFd { name: KEPT_CONTROL.into(), fd: theirs.into_fd() });
+        fds.push(NamedFd { name: GIVEN_CONTROL.into(), fd: theirs.into_fd() });
+        // Our end too, so that a new agent finds it there when this one and the shim are killed together.
+        env.insert("WARMSWAP_RESCUE_FD".into(), (3 + fds.len()).to_string());
+        fds.push(NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? });
 
         let mut keep = vec![NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? }];
         for (index, segment) in &self.segments {

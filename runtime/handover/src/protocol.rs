@@ -235,12 +235,7 @@ impl Supervisor {
     }
 
     /// Asks the owner how far it is, then the follower to get there.
-    fn catch_up_round(
-        &mut self,
-        from: Generation,
-        to: Generation,
-        deadline: Instant,
-    ) -> Result<Option<Commit>, Stop> {
+    fn catch_up_round(&mut self, from: Generation, to: Generation, deadline: Instant) -> Result<Option<Commit>, Stop> {
         let both = [from, to];
         let mut commit = None;
         for side in both {
@@ -473,6 +468,7 @@ impl Supervisor {
         self.connections.clear();
         self.record.previous_image = Some(std::mem::replace(&mut self.record.image, plan.image.clone()));
         self.remember_owner(to);
+        self.last_trouble = None;
         if let Err(error) = self.journal.end(attempt.handover, to).and_then(|()| self.journal.rewrite(&self.record)) {
             tracing::error!("{}", with_causes(&error));
         }
@@ -611,7 +607,9 @@ impl Supervisor {
 fn little_between(last: (Option<Commit>, usize), now: (Option<Commit>, usize)) -> bool {
     let connections = now.1.abs_diff(last.1);
     let bytes = match (last.0, now.0) {
-        (Some(Commit { position: last, .. }), Some(Commit { position: now, .. })) if last.segment == now.segment => now.offset.abs_diff(last.offset),
+        (Some(Commit { position: last, .. }), Some(Commit { position: now, .. })) if last.segment == now.segment => {
+            now.offset.abs_diff(last.offset)
+        }
         (None, None) => 0,
         _ => u64::MAX,
     };

@@ -6,16 +6,17 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use warmswap_backend::{Backend, ContainerState, FoundContainer, NamedFd};
+use warmswap_backend::{Backend, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
 use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
+use warmswap_transfer::segment::segment_index;
 
 use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
-use crate::supervisor::{KEPT_CONTROL, KEPT_SEGMENT, Supervisor, with_causes};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor, with_causes};
 
 impl Supervisor {
     /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did
@@ -63,12 +64,20 @@ impl Supervisor {
                 return;
             }
         };
+        if kept.iter().any(|named| named.name == GIVEN_CONTROL) {
+            let trouble = format!("the shim of {generation} was killed; the next handover gives the service a new one");
+            self.last_trouble = Some(trouble);
+        }
         let mut channel = None;
         let mut segments = BTreeMap::new();
         for NamedFd { name, fd } in kept {
             if name == KEPT_CONTROL {
                 channel = SupervisorChannel::from_fd(fd).ok();
             } else if let Some(index) = name.strip_prefix(KEPT_SEGMENT).and_then(|index| index.parse().ok()) {
+                segments.insert(index, fd);
+            } else if name.starts_with(MEMORY_FILE_PREFIX)
+                && let Some(index) = segment_index(fd.as_fd())
+            {
                 segments.insert(index, fd);
             }
         }

@@ -16,9 +16,7 @@ use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, NamedFd, Se
 use warmswap_model::{Generation, ServiceFile, ServiceName};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
-use warmswap_transfer::message::{
-    Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
-};
+use warmswap_transfer::message::{Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
 
 use crate::conditions::Conditions;
 use crate::error::{HandoverError, LogTail};
@@ -28,6 +26,8 @@ use crate::member::{Greeting, Member, MemberStatus, Role};
 
 /// Names in the descriptor store of a container.
 pub(crate) const KEPT_CONTROL: &str = "control";
+/// Name of the container's own end.
+pub(crate) const GIVEN_CONTROL: &str = "control-of-container";
 pub(crate) const KEPT_SEGMENT: &str = "segment-";
 
 /// Most segments one service may have at a time; with the usual 16 MiB segments this is 64 GiB.

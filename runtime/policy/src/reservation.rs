@@ -39,10 +39,20 @@ impl Rails {
 
 /// q90 of the demand × percentage, per resource, in the resource's unit; never negative, never above the ceiling. A
 /// demand that is no number reserves nothing: the shadow then starts as it would without a forecast.
+///
+/// `memory_mb_now`: what the active holds. Counts when it is more than the forecast says, which may come from a program
+/// that was still starting: memory, unlike the rates, does not go down by itself.
 #[must_use]
-pub fn reservation(demand: &DemandVector, percent: &PerResource<f64>, rails: &Rails) -> PerResource<f64> {
+pub fn reservation(
+    demand: &DemandVector,
+    memory_mb_now: f64,
+    percent: &PerResource<f64>,
+    rails: &Rails,
+) -> PerResource<f64> {
     PerResource::from_fn(|resource| {
-        let wanted = demand.quantiles[resource].q90 * rails.clamp_percent(percent[resource]) / 100.0;
+        let q90 = demand.quantiles[resource].q90;
+        let base = if resource == Resource::Memory { q90.max(memory_mb_now) } else { q90 };
+        let wanted = base * rails.clamp_percent(percent[resource]) / 100.0;
         let ceiling = rails.ceiling[resource].unwrap_or(f64::INFINITY).max(0.0);
         if wanted.is_finite() { wanted.max(0.0).min(ceiling) } else { 0.0 }
     })
@@ -146,9 +156,17 @@ pub(crate) mod tests {
     fn a_reservation_is_q90_times_the_percentage() {
         let q90 = PerResource { cpu: 50.0, memory: 200.0, network: 8.0, disk: 4.0 };
         let percent = PerResource { cpu: 110.0, memory: 120.0, network: 100.0, disk: 50.0 };
-        let reserved = reservation(&demand(q90), &percent, &rails());
+        let reserved = reservation(&demand(q90), 150.0, &percent, &rails());
         assert!((reserved.cpu - 55.0).abs() < 1e-9 && (reserved.memory - 240.0).abs() < 1e-9);
         assert!((reserved.network - 8.0).abs() < 1e-9 && (reserved.disk - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn memory_that_is_held_counts_when_the_forecast_says_less() {
+        let percent = PerResource { memory: 120.0, ..PerResource::default() };
+        let q90 = PerResource { memory: 0.1, ..PerResource::default() };
+        let reserved = reservation(&demand(q90), 30.0, &percent, &rails());
+        assert!((reserved.memory - 36.0).abs() < 1e-9, "{reserved:?}");
     }
 
     #[test]
@@ -167,7 +185,7 @@ pub(crate) mod tests {
     proptest! {
         #[test]
         fn no_forecast_and_no_percentage_crosses_the_rails(q90 in any_per_resource(), percent in any_per_resource()) {
-            let reserved = reservation(&demand(q90), &percent, &rails());
+            let reserved = reservation(&demand(q90), 0.0, &percent, &rails());
             for resource in Resource::ALL {
                 let value = reserved[resource];
                 prop_assert!(value.is_finite() && value >= 0.0);

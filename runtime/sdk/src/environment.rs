@@ -10,6 +10,9 @@ const LISTEN_FDS_START: RawFd = 3;
 const LISTENERS_MAX: usize = 1024;
 
 pub(crate) const CONTROL_FD: &str = "WARMSWAP_CONTROL_FD";
+/// The supervisor's end of the control channel. A service holds it open without using it: should everything of warmswap be
+/// killed, a new agent takes it from there and the conversation goes on.
+const RESCUE_FD: &str = "WARMSWAP_RESCUE_FD";
 
 /// A listening socket and its name in the service file.
 #[derive(Debug)]
@@ -41,6 +44,9 @@ pub(crate) fn control_fd() -> Result<Option<OwnedFd>, SdkError> {
     let Ok(text) = std::env::var(CONTROL_FD) else { return Ok(None) };
     let invalid = || SdkError::Environment { variable: CONTROL_FD, value: text.clone() };
     let number: RawFd = text.parse().map_err(|_| invalid())?;
+    if let Some(rescue) = std::env::var(RESCUE_FD).ok().and_then(|text| text.parse().ok()).and_then(inherit) {
+        std::mem::forget(rescue);
+    }
     inherit(number).map(Some).ok_or_else(invalid)
 }
 

@@ -10,7 +10,7 @@ use warmswap_sdk::transfer::channel::SupervisorChannel;
 use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
 use warmswap_sdk::transfer::log::LogConfig;
 use warmswap_sdk::transfer::map::ResidentMap;
-use warmswap_sdk::transfer::message::{ConnectionRecord, Commit, ToService, ToSupervisor, socket_cookie};
+use warmswap_sdk::transfer::message::{Commit, ConnectionRecord, ToService, ToSupervisor, socket_cookie};
 use warmswap_sdk::transfer::state::{NoState, State};
 use warmswap_sdk::{Event, OUTBOX_LEN_MAX, Service};
 

@@ -22,8 +22,10 @@
 //! written again by this code; against a generation of the same service that does so on purpose nothing protects the
 //! others. The supervisor reads headers only, by copying.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::publication::CommitCell;
@@ -146,6 +148,14 @@ impl Header {
 
 fn length_is_possible(len: u64) -> bool {
     (SEGMENT_LEN_MIN as u64..=SEGMENT_LEN_MAX as u64).contains(&len) && len.is_multiple_of(4096)
+}
+
+/// Which segment of a log this memory file is; `None` when it is none, or has no place in a log yet.
+#[must_use]
+pub fn segment_index(fd: BorrowedFd<'_>) -> Option<u64> {
+    let mut bytes = [0; HEADER_LEN];
+    File::from(fd.try_clone_to_owned().ok()?).read_exact_at(&mut bytes, 0).ok()?;
+    Header::parse(&bytes).ok().map(|header| header.index)
 }
 
 /// A segment whose pages exist and that has no place in a log yet.
@@ -319,6 +329,8 @@ mod tests {
         let theirs = Segment::open(dup(&ours), 5, &[3]).unwrap();
         assert_eq!(theirs.header(), ours.header());
         assert_eq!(theirs.committed().unwrap(), HEADER_LEN);
+        assert_eq!(segment_index(ours.as_fd()), Some(5));
+        assert_eq!(segment_index(BlankSegment::create(SEGMENT_LEN_MIN).unwrap().fd.as_fd()), None);
         ours.publish(4096);
         assert_eq!(theirs.committed().unwrap(), 4096);
     }

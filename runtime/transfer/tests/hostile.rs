@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use warmswap_transfer::channel::{Channel, ChannelError, DESCRIPTORS_MAX, MESSAGE_LEN_MAX, SupervisorChannel};
 use warmswap_transfer::message::{
-    CARRY_LEN_MAX, CONNECTIONS_PER_MESSAGE_MAX, Commit, ConnectionRecord, LogPosition, Message, ToService, ToSupervisor,
-    socket_cookie, split_connections,
+    CARRY_LEN_MAX, CONNECTIONS_PER_MESSAGE_MAX, Commit, ConnectionRecord, LogPosition, Message, ToService,
+    ToSupervisor, socket_cookie, split_connections,
 };
 
 fn raw_send(fd: BorrowedFd<'_>, bytes: &[u8], fds: &[i32]) -> isize {

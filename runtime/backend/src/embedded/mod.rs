@@ -7,6 +7,7 @@ mod cleanup;
 mod ground;
 mod log;
 mod oci;
+mod rescue;
 mod rootfs;
 mod service;
 mod shim;
@@ -442,7 +443,7 @@ impl Backend for EmbeddedBackend {
 
     fn kept_fds(&self, id: &ContainerId) -> Result<Vec<NamedFd>> {
         const ACTION: &str = "fetch the descriptors of";
-        let shim = self.connect_or_fail(ACTION, id)?;
+        let Some(shim) = self.connect(id)? else { return self.rescue_fds(id) };
         shim.send(&Request::Kept, &[]).map_err(shim_error(ACTION, id))?;
         let mut kept = Vec::new();
         loop {

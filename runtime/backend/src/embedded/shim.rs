@@ -128,6 +128,7 @@ fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> 
             shim: ProcessId::own().ok_or("/proc is not mounted")?,
             init: None,
             state: None,
+            passed: Vec::new(),
         },
         folder: folder.clone(),
         log: layout.log(id),
@@ -141,6 +142,7 @@ fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> 
 
     // The agent sends them when it has made the cgroups.
     let passed = receive_fds(boot, &mut shim.kept)?;
+    shim.record.passed = passed.iter().map(|named| named.name.clone()).collect();
     let root = folder.join("rootfs");
     let cgroup = layout.cgroup_container(id);
     let procs = Group::new(&hierarchies, cgroup.clone()).open_procs().map_err(|error| describe(&error))?;

@@ -226,6 +226,8 @@ pub(crate) struct ShimRecord {
     pub(crate) shim: crate::process::ProcessId,
     pub(crate) init: Option<crate::process::ProcessId>,
     pub(crate) state: Option<ContainerState>,
+    /// Names of the descriptors the container was given, as 3, 4, ….
+    pub(crate) passed: Vec<String>,
 }
 
 #[cfg(test)]

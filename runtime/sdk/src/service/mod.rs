@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 use warmswap_transfer::channel::{ChannelError, ServiceChannel};
 use warmswap_transfer::control::{ControlError, ControlView, ControlWord};
 use warmswap_transfer::log::LogError;
-use warmswap_transfer::message::{
-    CARRY_LEN_MAX, Commit, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
-};
+use warmswap_transfer::message::{CARRY_LEN_MAX, Commit, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
 use warmswap_transfer::state::{SegmentNotice, State};
 
 use crate::environment::{self, Listener};
