@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
-use warmswap_agent::api::SOCKET_NAME;
+use warmswap_agent::api::{LOCK_NAME, SOCKET_NAME};
 use warmswap_model::ServiceName;
 
 use super::Here;
@@ -56,8 +56,32 @@ pub(super) fn purge(run_dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
         std::fs::remove_file(&socket).with_context(|| format!("cannot remove {}", socket.display()))?;
         removed.push(format!("socket {}", socket.display()));
     }
-    for journal in std::fs::read_dir(run_dir.join("journal")).into_iter().flatten().flatten() {
+    let journals = run_dir.join("journal");
+    for journal in std::fs::read_dir(&journals).into_iter().flatten().flatten() {
         std::fs::remove_file(journal.path())?;
     }
-    Ok((removed, warmswap_backend::leftovers(run_dir)))
+    let left = warmswap_backend::leftovers(run_dir);
+    if left.is_empty() {
+        remove_run_dir(run_dir);
+    }
+    Ok((removed, left))
+}
+
+/// Removes what is in the run folder of nobody: empty folders, the link to the state folder, the agent's lock. What
+/// somebody else put there stays.
+fn remove_run_dir(run_dir: &Path) {
+    let lock = run_dir.join(LOCK_NAME);
+    // Held until the end, so that an agent that starts meanwhile does not find half of it gone.
+    let held = std::fs::File::open(&lock);
+    if held.as_ref().is_ok_and(|file| file.try_lock().is_err()) {
+        return;
+    }
+    for folder in ["journal", "containers", "netns"] {
+        let _ = std::fs::remove_dir(run_dir.join(folder)); // fails when it is not empty, and then it is needed
+    }
+    if run_dir.join("state").is_symlink() {
+        let _ = std::fs::remove_file(run_dir.join("state"));
+    }
+    let _ = std::fs::remove_file(&lock);
+    let _ = std::fs::remove_dir(run_dir);
 }

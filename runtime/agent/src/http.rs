@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use warmswap_handover::Supervisor;
-use warmswap_model::{ImageRef, ServiceFile, ServiceName, Trigger};
+use warmswap_model::{ImageRef, ServiceFile, ServiceName, Trigger, with_causes};
 use warmswap_policy::{Admission, Request};
 use warmswap_sensor::{Classes, Subscription};
 
@@ -69,21 +69,6 @@ impl From<AgentError> for Failure {
         };
         Self(status, with_causes(&error))
     }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // A transparent error repeats its cause.
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = error.source();
-    }
-    text
 }
 
 impl IntoResponse for Failure {

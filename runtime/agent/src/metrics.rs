@@ -17,7 +17,8 @@ pub(crate) fn render(status: &AgentStatus) -> String {
     page.family(
         "warmswap_events_total",
         "counter",
-        "Events by class and by what became of them: emitted = consumed + discarded + dropped.",
+        "Events by class and by what became of them: emitted = consumed + discarded + dropped. Classes that only \
+         `warmswap trace` reads are emitted while one runs.",
     );
     for class in &status.events {
         for (fate, count) in [

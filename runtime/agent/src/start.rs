@@ -1,6 +1,6 @@
 //! Start, take over what an earlier agent left running, serve, end.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -173,17 +173,27 @@ fn file_error(action: &'static str, path: &Path, source: std::io::Error) -> Agen
 /// Held as long as this agent lives; the kernel lets go of it when the agent is killed.
 fn lock_run_dir(run_dir: &Path) -> Result<std::fs::File, AgentError> {
     let path = run_dir.join(LOCK_NAME);
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|source| file_error("open", &path, source))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(AgentError::Refused(format!("another agent serves {}; `warmswap status` asks it", run_dir.display())))
+    loop {
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|source| file_error("open", &path, source))?;
+        match file.try_lock() {
+            // `warmswap stop --all` removes the file while it holds it: then this is the lock of nothing.
+            Ok(()) if is_at(&file, &path) => return Ok(file),
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                let problem = format!("another agent serves {}; `warmswap status` asks it", run_dir.display());
+                return Err(AgentError::Refused(problem));
+            }
+            Err(std::fs::TryLockError::Error(source)) => return Err(file_error("lock", &path, source)),
         }
-        Err(std::fs::TryLockError::Error(source)) => Err(file_error("lock", &path, source)),
     }
+}
+
+fn is_at(file: &std::fs::File, path: &Path) -> bool {
+    let found = std::fs::metadata(path).and_then(|at| Ok((at, file.metadata()?)));
+    found.is_ok_and(|(at, ours)| (at.dev(), at.ino()) == (ours.dev(), ours.ino()))
 }

@@ -4,13 +4,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use warmswap_backend::{ContainerSpec, ContainerState, Limits, NamedFd, PreparedImage};
-use warmswap_model::Generation;
+use warmswap_model::{Generation, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
 
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor, describe_exit, with_causes};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor, describe_exit};
 
 /// A program that has not spoken this long after its start does not link the SDK.
 const GREETING_TIME_MAX: Duration = Duration::from_secs(3);

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use warmswap_backend::ContainerState;
 use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
-    Rung, Trigger, Verdict,
+    Rung, Trigger, Verdict, with_causes,
 };
 use warmswap_transfer::message::{Commit, ToService};
 
@@ -25,7 +25,7 @@ use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
 use crate::member::{Member, Role};
 use crate::priority::Urgent;
-use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor, with_causes};
+use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor};
 
 /// How far back "before" reaches.
 const BASELINE: Duration = Duration::from_secs(10);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use warmswap_backend::{Backend, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
-use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict};
+use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
 use warmswap_transfer::segment::segment_index;
@@ -16,7 +16,7 @@ use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor, with_causes};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor};
 
 impl Supervisor {
     /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, NamedFd, ServiceGround};
-use warmswap_model::{Generation, ServiceFile, ServiceName};
+use warmswap_model::{Generation, ServiceFile, ServiceName, with_causes};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
 use warmswap_transfer::message::{Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
@@ -62,18 +62,6 @@ impl From<HandoverError> for Stop {
     fn from(error: HandoverError) -> Self {
         Self { reason: with_causes(&error) }
     }
-}
-
-/// An error and what caused it, on one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 pub struct Supervisor {

@@ -3,6 +3,7 @@
 //!
 //! Not here: how any of it is measured (`sensor`), decided (`policy`, `forecast`) or done (`handover`, `backend`).
 
+mod causes;
 mod demand;
 mod handover;
 mod id;
@@ -11,6 +12,7 @@ mod resource;
 mod service_file;
 mod window;
 
+pub use causes::with_causes;
 pub use demand::{Champion, DemandVector, Quantiles};
 pub use handover::{
     Blackout, ConnectionCounts, HandoverReport, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, Trigger, Verdict,

@@ -247,6 +247,24 @@ impl ServiceFile {
         if self.command.as_ref().is_some_and(Vec::is_empty) {
             return Err(("command", "an empty list names no program".into()));
         }
+        // NUL ends a text for the kernel, and a name ends at the first "=".
+        let texts = self.command.iter().flatten().map(|text| ("command", text));
+        for (field, text) in texts.chain(self.env.values().map(|text| ("env", text))) {
+            if text.contains('\0') {
+                return Err((field, format!("{text:?} contains a NUL character, which no program can be given")));
+            }
+        }
+        if let Some(name) = self.env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
+            return Err(("env", format!("{name:?} is no name of a variable: not empty, without \"=\" and NUL")));
+        }
+        for (name, listen) in &self.listen {
+            if listen.address.port() == 0 {
+                return Err((
+                    "address",
+                    format!("port 0 of listener {name:?} would be another one each time: name one"),
+                ));
+            }
+        }
         for name in self.listen.keys() {
             // LISTEN_FDNAMES separates names by colons.
             if name.is_empty() || name.contains(':') || !name.bytes().all(|b| b.is_ascii_graphic()) {
@@ -322,6 +340,9 @@ mod tests {
             ("name = \"s\"\nimage = \"x\"\n[schedule]\ndaily_utc = [\"25:00\"]\n", 4, "daily_utc"),
             ("name = \"s\"\nimage = \"x\"\n[handover]\nverify_s_min = 1e300\n", 4, "verify_s_min"),
             ("name = \"s\"\nimage = \"x\"\n[handover]\nwarm_s_max = nan\n", 4, "warm_s_max"),
+            ("name = \"s\"\nimage = \"x\"\n[env]\n\"A=B\" = \"x\"\n", 3, "A=B"),
+            ("name = \"s\"\nimage = \"x\"\ncommand = [\"a\\u0000\"]\n", 3, "NUL"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"127.0.0.1:0\"\n", 4, "port 0"),
             ("name = \"s\"\n", 1, "image"),
             ("name = ", 1, ""),
         ];

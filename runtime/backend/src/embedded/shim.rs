@@ -26,7 +26,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{SockFlag, accept4};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use warmswap_model::{Generation, ServiceName};
+use warmswap_model::{Generation, ServiceName, with_causes};
 
 use super::wire::{BootFds, Channel, FDS_MAX, FDS_PER_CONTAINER_MAX, Reply, Request, ShimRecord, listen_at};
 use super::{oci, rootfs, user};
@@ -112,7 +112,7 @@ pub(crate) fn take_boot_channel() -> io::Result<Channel> {
 
 fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> Result<Shim, String> {
     let folder = layout.container_run(id);
-    let hierarchies = Hierarchies::detect().map_err(|error| describe(&error))?;
+    let hierarchies = Hierarchies::detect().map_err(|error| with_causes(&error))?;
     let own_procs = hierarchies.v2.join(layout.cgroup_shim(id)).join("cgroup.procs");
     let own_procs = OpenOptions::new()
         .write(true)
@@ -120,7 +120,7 @@ fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> 
         .map_err(|error| format!("cannot open {}: {error}", own_procs.display()))?;
     let join = || attach(std::slice::from_ref(&own_procs), 0);
     join().map_err(|error| format!("cannot join the shim's cgroup: {error}"))?;
-    let spec: ContainerSpec = super::read_json(&folder.join("spec.json")).map_err(|error| describe(&error))?;
+    let spec: ContainerSpec = super::read_json(&folder.join("spec.json")).map_err(|error| with_causes(&error))?;
     let listener = listen_at(&folder).map_err(|error| format!("cannot open the shim's socket: {error}"))?;
     let mut shim = Shim {
         record: ShimRecord {
@@ -145,7 +145,7 @@ fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> 
     shim.record.passed = passed.iter().map(|named| named.name.clone()).collect();
     let root = folder.join("rootfs");
     let cgroup = layout.cgroup_container(id);
-    let procs = Group::new(&hierarchies, cgroup.clone()).open_procs().map_err(|error| describe(&error))?;
+    let procs = Group::new(&hierarchies, cgroup.clone()).open_procs().map_err(|error| with_causes(&error))?;
     rootfs::private_mounts().map_err(|error| format!("cannot make a mount namespace: {error}"))?;
     rootfs::mount_overlay(&spec.image.layers, &[layout.container_state(id), folder.join("overlay")], &root)?;
     let root_fd = File::open(&root).map_err(|error| format!("cannot open {}: {error}", root.display()))?;
@@ -154,7 +154,7 @@ fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> 
         .map_err(|error| format!("cannot make the working folder {}: {error}", spec.image.working_dir.display()))?;
     drop(root_fd);
     let config = oci::config(&spec, &identity, &layout.netns(&id.service), &cgroup, files_max);
-    super::write_json(&folder.join("config.json"), &config).map_err(|error| describe(&error))?;
+    super::write_json(&folder.join("config.json"), &config).map_err(|error| with_causes(&error))?;
     let log = open_log(&shim.log).map_err(|error| format!("cannot open the log {}: {error}", shim.log.display()))?;
 
     // Moving a process between cgroups waits for an RCU grace period (10 ms and more), but not within one grace period of
@@ -305,7 +305,7 @@ fn build(folder: &Path, preserved: i32, stdout: OwnedFd, stderr: OwnedFd) -> Res
     fs::create_dir_all(&state).map_err(|error| format!("cannot make {}: {error}", state.display()))?;
     ContainerBuilder::new("init".to_owned(), SyscallType::default())
         .with_root_path(&state)
-        .map_err(|error| describe(&error))?
+        .map_err(|error| with_causes(&error))?
         .with_preserved_fds(preserved)
         .with_stdout(stdout)
         .with_stderr(stderr)
@@ -315,22 +315,7 @@ fn build(folder: &Path, preserved: i32, stdout: OwnedFd, stderr: OwnedFd) -> Res
         // In an initramfs only: a root of the container can then get at it by leaving its chroot.
         .with_no_pivot(!rootfs::can_pivot())
         .build()
-        .map_err(|error| describe(&error))
-}
-
-/// An error with all its causes, for the agent at the other end of a socket.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        // libcontainer's transparent errors repeat themselves.
-        if !text.ends_with(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
-    }
-    text
+        .map_err(|error| with_causes(&error))
 }
 
 struct Shim {
@@ -353,7 +338,7 @@ struct Connection {
 
 impl Shim {
     fn write_record(&self) -> Result<(), String> {
-        super::write_json(&self.folder.join("state.json"), &self.record).map_err(|error| describe(&error))
+        super::write_json(&self.folder.join("state.json"), &self.record).map_err(|error| with_causes(&error))
     }
 
     fn state(&self) -> ContainerState {
@@ -477,7 +462,7 @@ impl Shim {
             return Err("it was started before".to_owned());
         };
         let container = self.container.as_mut().ok_or("it was not created")?;
-        container.start().map_err(|error| describe(&error))?;
+        container.start().map_err(|error| with_causes(&error))?;
         self.record.state = Some(ContainerState::Running { pid });
         self.write_record()
     }

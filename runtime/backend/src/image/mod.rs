@@ -69,6 +69,10 @@ pub(crate) fn prepare(image: &ImageRef, layers: &Path) -> Result<PreparedImage> 
     })?;
     let prepared = if metadata.is_dir() {
         let path = fs::canonicalize(path).map_err(crate::cgroup::file_error("resolve", path))?;
+        if path == Path::new("/") {
+            let problem = "it is the root of this host, not an image".to_owned();
+            return Err(BackendError::BadImage { path, problem });
+        }
         if path.join("oci-layout").is_file() {
             archive::prepare_folder(image, &path, layers)
         } else if path.join("config.json").is_file() {

@@ -37,7 +37,8 @@ impl Source {
             let length = file.metadata()?.len();
             let mut archive = tar::Archive::new(&file);
             for entry in archive.entries_with_seek().context(|| "it is no tar file".to_owned())? {
-                let entry = entry.context(|| "it is no intact tar file".to_owned())?;
+                // The error repeats what it could not read: of a file that is none of ours, nobody should see that.
+                let entry = entry.map_err(|_| Problem("it is no intact tar file".to_owned()))?;
                 let path = normal(&entry.path().context(|| "a name in it is invalid".to_owned())?, Path::new(""))?;
                 let kind = entry.header().entry_type();
                 let member = if kind.is_file() {
