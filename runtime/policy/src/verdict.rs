@@ -60,11 +60,14 @@ pub fn judge(before: &Measurements, after: &Measurements, limits: &Handover) -> 
     }
 }
 
-/// Whether `after` is enough to judge.
+/// Whether `after` is enough to judge. A service that was (nearly) idle is not waited for: even the longest VERIFY would
+/// see too few requests to compare.
 #[must_use]
 pub fn enough(before: &Measurements, after: &Measurements, limits: &Handover) -> Progress {
-    let long = after.seconds >= limits.verify_s_min && after.requests >= limits.verify_requests_min;
-    if long || after.seconds >= limits.verify_s_min * VERIFY_S_MAX_FACTOR {
+    let longest = limits.verify_s_min * VERIFY_S_MAX_FACTOR;
+    let idle = before.requests_per_s * longest < P50_REQUESTS_MIN as f64;
+    let long = after.seconds >= limits.verify_s_min && (idle || after.requests >= limits.verify_requests_min);
+    if long || after.seconds >= longest {
         return Progress::Enough;
     }
     let doubled = Handover { p99_ratio_max: limits.p99_ratio_max * CLEARLY_FACTOR, ..*limits };
@@ -244,6 +247,9 @@ mod tests {
         assert_eq!(enough(&usual(), &after(2.0, 199), &limits), Progress::Continue);
         assert_eq!(enough(&usual(), &after(2.0, 200), &limits), Progress::Enough);
         assert_eq!(enough(&usual(), &after(20.0, 0), &limits), Progress::Enough);
+        let idle = Measurements { requests: 5, requests_per_s: 0.5, ..usual() };
+        assert_eq!(enough(&idle, &after(1.9, 0), &limits), Progress::Continue);
+        assert_eq!(enough(&idle, &after(2.0, 0), &limits), Progress::Enough, "nothing would come to compare");
         let slow =
             |seconds, requests| Measurements { p50_us: Some(3000.0), p99_us: Some(9000.0), ..after(seconds, requests) };
         assert_eq!(enough(&usual(), &slow(0.6, 600), &limits), Progress::ClearlyWorse);
