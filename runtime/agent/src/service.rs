@@ -176,26 +176,26 @@ impl Actor {
         let Update { image, file, trigger, fault, watcher } = update;
         *lock(&self.handle.watcher) = watcher.clone();
         *lock(&self.handle.fault) = fault;
-        let say = |line| {
-            if let Some(watcher) = &watcher {
-                let _ = watcher.send(line); // the watcher may have gone; the handover goes on
-            }
-        };
-        match self.hand_over(image, file, trigger) {
+        let verdict = match self.hand_over(image, file, trigger) {
             Ok(report) => {
                 if report.verdict != Verdict::Committed {
                     lock(&self.handle.state).on(Event::RollbackBegan); // what serves is still the old content
                 }
-                say(UpdateLine::Report(Box::new(report)));
+                UpdateLine::Report(Box::new(report))
             }
             Err(error) => {
                 tracing::error!("{}: {error}", self.handle.name);
-                say(UpdateLine::Error(error.to_string()));
+                UpdateLine::Error(error.to_string())
             }
-        }
+        };
         *lock(&self.handle.watcher) = None;
         *lock(&self.handle.fault) = None;
         lock(&self.handle.state).on(Event::HandoverEnded);
+        // First, because whoever hears the verdict may ask for the status at once.
+        self.publish();
+        if let Some(watcher) = watcher {
+            let _ = watcher.send(verdict); // the watcher may have gone
+        }
     }
 
     fn hand_over(
