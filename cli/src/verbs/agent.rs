@@ -8,8 +8,12 @@ use warmswap_agent::AgentConfig;
 
 use super::Here;
 
+/// What the agent says unless WARMSWAP_LOG has another filter. The probes are silent: their messages are for finding out
+/// why numbers are missing, and `WARMSWAP_LOG=info` brings them.
+const FILTER: &str = "info,warmswap_probes=off";
+
 pub(super) fn agent(here: &Here) -> Result<ExitCode> {
-    let filter = EnvFilter::try_from_env("WARMSWAP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("WARMSWAP_LOG").unwrap_or_else(|_| EnvFilter::new(FILTER));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
