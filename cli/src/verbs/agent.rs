@@ -23,3 +23,21 @@ pub(super) fn agent(here: &Here) -> Result<ExitCode> {
     warmswap_agent::run(AgentConfig { run_dir: here.run_dir.clone(), state_dir: here.state_dir.clone() })?;
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+mod tests {
+    use tracing::Level;
+
+    use super::*;
+
+    #[test]
+    fn probes_are_silent_unless_the_filter_lets_them_speak() {
+        let speak = |filter: &str| {
+            let subscriber = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(filter)).finish();
+            tracing::subscriber::with_default(subscriber, || tracing::enabled!(target: "warmswap_probes", Level::WARN))
+        };
+        assert!(!speak(FILTER));
+        assert!(speak("info") && speak("off,warmswap_probes=warn"));
+        assert!(!speak("error"));
+    }
+}

@@ -73,7 +73,8 @@ pub struct SensorConfig {
     /// Names of probes to leave off, as [`Sensor::probes`] lists them.
     pub disabled: Vec<String>,
     /// Whether the probes say what is abnormal: what they lose, and which fallback they take. The draining thread
-    /// passes it on to `tracing` as warnings under [`PROBE_LOG_TARGET`]. Off, it costs nothing but a ring of one page.
+    /// passes it on to `tracing` as warnings under [`PROBE_LOG_TARGET`]. Off, it costs no time, a ring of one page, and
+    /// some 160 KiB of kernel memory: the kernel removes the messages but keeps the pages they came in.
     pub probe_log: bool,
 }
 
