@@ -36,6 +36,9 @@ pub(crate) enum Verb {
     /// Say what this host can and cannot do for warmswap.
     Check,
     /// Run the agent in the foreground. `run` starts one by itself when there is none.
+    ///
+    /// The environment variable WARMSWAP_LOG says what it logs, as a filter of targets and levels; by default
+    /// "info,warmswap_probes=off". With "info" the probes say what they lose, too.
     Agent,
     /// Start a service.
     Run {

@@ -42,6 +42,8 @@ pub mod map {
     pub const REQUESTS: &str = "REQUESTS";
     /// (cgroup, device queue) → next sector; private to the probes.
     pub const BLOCK_NEXT: &str = "BLOCK_NEXT";
+    /// (message, subject) → how often; private to the probes.
+    pub const SAID: &str = "SAID";
 }
 
 /// Names of the read-only globals that the sensor sets before loading.

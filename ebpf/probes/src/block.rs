@@ -8,9 +8,8 @@ use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use warmswap_events::{LANE_OTHER, OFFSET_MISSING};
 
-use crate::cgroup;
 use crate::maps::{BLOCK_NEXT, WATCHED_BLOCK, add_shared, counters, cpu, layout};
-use crate::read;
+use crate::{cgroup, read, trouble};
 
 const SECTOR_BYTES: u64 = 512;
 
@@ -40,6 +39,7 @@ fn issue(request: u64) -> i32 {
         read::at::<u32>(request, layout!(request_length)),
         read::at::<u64>(request, layout!(request_queue)),
     ) else {
+        trouble::unread_block(slot.into());
         return 0;
     };
     add_shared!(counters, block_requests, 1);
@@ -54,7 +54,9 @@ fn issue(request: u64) -> i32 {
     }
     let next = sector.wrapping_add(u64::from(length) / SECTOR_BYTES);
     // Cannot fail but for memory; then the next request counts as random.
-    let _ = BLOCK_NEXT.insert(&key, &next, 0);
+    if BLOCK_NEXT.insert(&key, &next, 0).is_err() {
+        trouble::unordered_block(slot.into());
+    }
     0
 }
 
@@ -66,15 +68,16 @@ fn charged_to(request: u64) -> Option<u32> {
     let bio = read::pointer(request, layout!(request_bio))?;
     let blkg = read::pointer(bio, layout!(bio_blkg))?;
     let blkcg = read::pointer(blkg, layout!(blkg_blkcg))?;
-    let mut cgroup = read::pointer(blkcg, layout!(blkcg_cgroup))?;
+    let charged = read::pointer(blkcg, layout!(blkcg_cgroup))?;
+    let mut cgroup = charged;
     for _ in 0..4 {
         let id = cgroup::id_of(cgroup)?;
         // SAFETY: a u32 that user space replaces whole.
         if let Some(slot) = unsafe { WATCHED_BLOCK.get(&id) } {
             return Some(*slot);
         }
-        let css = read::pointer(cgroup, layout!(cgroup_parent_css))?;
-        cgroup = read::pointer(css, layout!(css_cgroup))?;
+        cgroup = cgroup::parent(cgroup)?;
     }
+    trouble::block_search_ended(charged, cgroup);
     None
 }

@@ -11,10 +11,10 @@ use aya_ebpf::helpers::generated::{
 use warmswap_events::{CACHE_LANES, CacheWord, LANE_OTHER, OFFSET_MISSING};
 
 use crate::maps::{CACHE, CONTROL, WATCHED, layout};
-use crate::read;
+use crate::{read, trouble};
 
 /// How far up ancestors are looked for.
-const LEVELS: i32 = 8;
+pub(crate) const LEVELS: i32 = 8;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Owner {
@@ -24,7 +24,7 @@ pub(crate) struct Owner {
 }
 
 #[inline(always)]
-fn watched(cgroup: u64) -> u32 {
+pub(crate) fn watched(cgroup: u64) -> u32 {
     // SAFETY: the value is a u32 that user space replaces whole.
     unsafe { WATCHED.get(&cgroup) }.copied().unwrap_or(0)
 }
@@ -53,18 +53,24 @@ fn cached(cpu: u32, lane: u32, cgroup: u64, find: impl FnOnce() -> u32) -> u32 {
 /// The deepest watched cgroup from `cgroup` (a `struct cgroup *`) upward.
 #[inline(never)]
 fn search(cgroup: u64) -> u32 {
-    let mut cgroup = cgroup;
+    let mut next = cgroup;
     for _ in 0..LEVELS {
-        let Some(id) = id_of(cgroup) else { return 0 };
+        let Some(id) = id_of(next) else { return 0 };
         let slot = watched(id);
         if slot != 0 {
             return slot;
         }
-        let Some(css) = read::pointer(cgroup, layout!(cgroup_parent_css)) else { return 0 };
-        let Some(parent) = read::pointer(css, layout!(css_cgroup)) else { return 0 };
-        cgroup = parent;
+        let Some(parent) = parent(next) else { return 0 };
+        next = parent;
     }
+    trouble::search_ended(cgroup, next);
     0
+}
+
+/// From a `struct cgroup *` to that of its parent; `None` at the root.
+#[inline(always)]
+pub(crate) fn parent(cgroup: u64) -> Option<u64> {
+    read::pointer(read::pointer(cgroup, layout!(cgroup_parent_css))?, layout!(css_cgroup))
 }
 
 /// The id of a `struct cgroup *`.
@@ -138,9 +144,11 @@ pub(crate) fn of_pointer(cpu: u32, lane: u32, cgroup: u64) -> Owner {
 pub(crate) fn of_sock(cpu: u32, sock: u64) -> Owner {
     // Before 5.16 the lowest bit says that the word holds a v1 class, not a cgroup, and the next one is a flag.
     match read::at::<u64>(sock, layout!(sock_cgroup)) {
-        Some(word) if word & 1 == 0 && word & !3 != 0 => of_pointer(cpu, LANE_OTHER, word & !3),
-        _ => Owner { cgroup: 0, slot: 0 },
+        Some(word) if word & 1 == 0 && word & !3 != 0 => return of_pointer(cpu, LANE_OTHER, word & !3),
+        Some(word) if word & 1 != 0 => trouble::classified_socket(word >> 32),
+        _ => {}
     }
+    Owner { cgroup: 0, slot: 0 }
 }
 
 /// Of a packet, by its socket.
@@ -158,13 +166,14 @@ pub(crate) fn of_skb(cpu: u32, lane: u32, skb: *mut __sk_buff) -> u32 {
                 // SAFETY: as above.
                 let ancestor = unsafe { bpf_skb_ancestor_cgroup_id(skb, level) };
                 if ancestor == 0 {
-                    break;
+                    return slot;
                 }
                 let found = watched(ancestor);
                 if found != 0 {
                     slot = found; // the deepest wins
                 }
             }
+            trouble::packet_search_ended(skb);
         }
         slot
     })

@@ -6,6 +6,7 @@ use warmswap_events::{Class, ExecRecord, Record};
 
 use crate::cgroup::Owner;
 use crate::maps::{ACCOUNT, CONTROL, OWN_TGID, RING_BULK, RING_URGENT, add_atomic, global};
+use crate::trouble;
 
 /// The reader of the bulk ring comes on a timer, so waking it would be wasted.
 const NO_WAKEUP: u64 = 1;
@@ -58,6 +59,7 @@ fn account(class: Class, dropped: bool) {
         add_atomic(emitted_count, 1);
         if dropped {
             add_atomic(dropped_count, 1);
+            trouble::dropped(class);
         }
     }
 }

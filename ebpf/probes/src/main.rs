@@ -35,6 +35,8 @@ mod schedule;
 mod syscall;
 #[cfg(target_arch = "bpf")]
 mod tcp;
+#[cfg(target_arch = "bpf")]
+mod trouble;
 
 /// The helpers used are free to call from programs under any licence except those marked GPL-only
 /// (`probe_read_kernel` and others), for which the kernel asks for this word; dual licensing is among those it accepts.

@@ -39,6 +39,10 @@ pub(crate) static REQUESTS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(
 #[map]
 pub(crate) static BLOCK_NEXT: LruHashMap<[u64; 2], u64> = LruHashMap::with_max_entries(4_096, 0);
 
+/// (message, subject) → how often it would have been said; see [`crate::trouble`].
+#[map]
+pub(crate) static SAID: LruHashMap<[u64; 2], u64> = LruHashMap::with_max_entries(1, 0); // set at load
+
 #[unsafe(no_mangle)]
 pub(crate) static LAYOUT: Layout = Layout::MISSING;
 #[unsafe(no_mangle)]

@@ -7,6 +7,7 @@ use crate::cgroup::Owner;
 use crate::emit::{Context, emit};
 use crate::maps::layout;
 use crate::syscall::{Registers, argument};
+use crate::trouble;
 
 /// `prctl(MARK_OPTION, mark, handover, generation, 0)`
 #[inline(always)]
@@ -21,6 +22,7 @@ pub(crate) fn on_prctl(regs: Registers, owner: Owner) {
         argument(regs, layout!(regs_arg[2])),
         argument(regs, layout!(regs_arg[3])),
     ) else {
+        trouble::unread_mark(owner.cgroup);
         return;
     };
     emit(Class::Mark, owner, Context::Process, [(mark << 32) | (generation & 0xffff_ffff), handover]);

@@ -6,14 +6,14 @@
 //! connection as a client's. Bytes are those of the IP layer.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_skb_load_bytes};
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id, bpf_skb_load_bytes};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use warmswap_events::{BUCKETS, LANE_EGRESS, LANE_INGRESS, bucket_of_ns};
 
-use crate::cgroup;
 use crate::emit::now_ns;
 use crate::maps::{LATENCY, REQUESTS, add_atomic, add_shared, counters, cpu};
+use crate::{cgroup, trouble};
 
 const PASS: i32 = 1;
 
@@ -45,10 +45,7 @@ pub(crate) fn net_ingress(ctx: SkBuffContext) -> i32 {
                     *state = now_ns();
                 }
             },
-            // Fails only when memory is short; the request is then not measured.
-            None => {
-                let _ = REQUESTS.insert(&cookie, &now_ns(), 0);
-            }
+            None => note(skb, cookie, now_ns()),
         }
     }
     PASS
@@ -78,10 +75,18 @@ pub(crate) fn net_egress(ctx: SkBuffContext) -> i32 {
     } else if tcp.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN {
         // SAFETY: `skb` is the program's context.
         let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-        // Fails only when memory is short; the connection is then taken for a server's.
-        let _ = REQUESTS.insert(&cookie, &CLIENT, 0);
+        note(skb, cookie, CLIENT);
     }
     PASS
+}
+
+/// Fails only when memory is short; then a request is not measured, or a client's connection taken for a server's.
+#[inline(always)]
+fn note(skb: *mut __sk_buff, cookie: u64, state: u64) {
+    if REQUESTS.insert(&cookie, &state, 0).is_err() {
+        // SAFETY: `skb` is the program's context.
+        trouble::unmeasured_request(unsafe { bpf_skb_cgroup_id(skb) });
+    }
 }
 
 #[inline(always)]

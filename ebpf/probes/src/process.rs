@@ -8,7 +8,7 @@ use warmswap_events::{ARG_MISSING, Class, LANE_OTHER, OFFSET_MISSING};
 use crate::cgroup;
 use crate::emit::{Context, emit, emit_exec, wanted};
 use crate::maps::{add_shared, counters, cpu, layout};
-use crate::read;
+use crate::{read, trouble};
 
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
 pub(crate) fn process_exec(ctx: RawTracePointContext) -> i32 {
@@ -36,6 +36,8 @@ pub(crate) fn process_fork(ctx: RawTracePointContext) -> i32 {
     let (Some(pid), Some(tgid)) =
         (read::at::<u32>(child, layout!(task_pid)), read::at::<u32>(child, layout!(task_tgid)))
     else {
+        // SAFETY: the helper has no preconditions.
+        trouble::unread_fork(unsafe { bpf_get_current_pid_tgid() } >> 32);
         return 0;
     };
     if pid != tgid {

@@ -10,7 +10,7 @@ use warmswap_forecast::{ForecastConfig, Forecaster};
 use warmswap_handover::Supervisor;
 use warmswap_history::History;
 use warmswap_model::HandoverReport;
-use warmswap_sensor::{Sensor, SensorConfig};
+use warmswap_sensor::{PROBE_LOG_TARGET, Sensor, SensorConfig};
 
 use crate::api::{LOCK_NAME, SOCKET_NAME};
 use crate::clock::unix_ms;
@@ -85,7 +85,10 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
 }
 
 fn load_sensor() -> Option<Sensor> {
-    let loaded = Sensor::load(SensorConfig::default()).and_then(|mut sensor| sensor.start().map(|()| sensor));
+    // Whoever set up tracing decides whether the probes speak: loaded silent, they cannot be asked to later.
+    let probe_log = tracing::enabled!(target: PROBE_LOG_TARGET, tracing::Level::WARN);
+    let loaded = Sensor::load(SensorConfig { probe_log, ..SensorConfig::default() })
+        .and_then(|mut sensor| sensor.start().map(|()| sensor));
     match loaded {
         Ok(sensor) => Some(sensor),
         Err(error) => {

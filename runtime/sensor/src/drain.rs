@@ -3,7 +3,8 @@
 //! ```text
 //! urgent ring ──wakes──▶ ┐                       ┌▶ takers of marks
 //!                        ├ one thread, batches ──┤
-//! bulk ring ───timer───▶ ┘                       └▶ subscribers (bounded queues; a full one loses, and counts it)
+//! bulk ring ───timer───▶ ┤                       ├▶ subscribers (bounded queues; a full one loses, and counts it)
+//! log ring ────wakes───▶ ┘                       └▶ tracing
 //! ```
 //!
 //! It runs with a low real-time priority where that is allowed, so that a busy host does not delay marks; what it does
@@ -23,6 +24,7 @@ use crate::account::Tally;
 use crate::error::SensorError;
 use crate::event::{Classes, Event, Mark, decode};
 use crate::mapped::MappedArray;
+use crate::probe_log::ProbeLog;
 use crate::ring::Ring;
 
 /// Records per batch, and so between two looks at the urgent ring.
@@ -83,9 +85,17 @@ pub(crate) struct Drain {
     realtime: Arc<OnceLock<Result<i32, String>>>,
 }
 
+/// What the thread reads.
+pub(crate) struct Sources {
+    pub(crate) urgent: Ring,
+    pub(crate) bulk: Ring,
+    pub(crate) log: Option<ProbeLog>,
+}
+
 struct Worker {
     urgent: Ring,
     bulk: Ring,
+    log: Option<ProbeLog>,
     commands: Receiver<Command>,
     wake: OwnedFd,
     epoll: OwnedFd,
@@ -105,8 +115,7 @@ struct Router {
 
 impl Drain {
     pub(crate) fn start(
-        urgent: Ring,
-        bulk: Ring,
+        sources: Sources,
         control: Arc<MappedArray<Control>>,
         tally: Arc<Tally>,
         interval: Duration,
@@ -114,11 +123,15 @@ impl Drain {
     ) -> Result<Self, SensorError> {
         let failed = |source| SensorError::Thread { source };
         let wake = event_fd().map_err(failed)?;
-        let epoll = epoll_on(&[urgent.fd().as_raw_fd(), wake.as_raw_fd()]).map_err(failed)?;
+        let Sources { urgent, bulk, log } = sources;
+        let mut wakers = vec![urgent.fd().as_raw_fd(), wake.as_raw_fd()];
+        wakers.extend(log.as_ref().map(ProbeLog::raw_fd));
+        let epoll = epoll_on(&wakers).map_err(failed)?;
         let (commands, receiver) = bounded(64);
         let worker = Worker {
             urgent,
             bulk,
+            log,
             commands: receiver,
             wake: wake.try_clone().map_err(failed)?,
             epoll,
@@ -211,6 +224,7 @@ impl Worker {
                 bulk_at = Instant::now();
                 self.router.unix_minus_monotonic_ns = unix_minus_monotonic_ns();
             }
+            self.pass_on_log();
             if !self.obey() {
                 return;
             }
@@ -221,6 +235,12 @@ impl Worker {
         }
     }
 
+    fn pass_on_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+    }
+
     /// Whether the kernel sends anything that only the timer picks up.
     fn bulk_wanted(&self) -> bool {
         !self.router.subscribers.is_empty()
@@ -228,9 +248,9 @@ impl Worker {
 
     fn wait(&self, timeout: Option<Duration>) {
         let timeout_ms = timeout.map_or(-1, |t| i32::try_from(t.as_millis().max(1)).unwrap_or(i32::MAX));
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 2];
-        // SAFETY: the buffer holds the two events asked for. An interruption by a signal only makes a round early.
-        unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), 2, timeout_ms) };
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 3];
+        // SAFETY: the buffer holds the three events asked for. An interruption by a signal only makes a round early.
+        unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), 3, timeout_ms) };
         let mut count = [0u8; 8];
         // SAFETY: reads 8 bytes into a live buffer from our own non-blocking event descriptor.
         unsafe { libc::read(self.wake.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
@@ -261,6 +281,7 @@ impl Worker {
                 Command::Flush(done) => {
                     self.urgent.drain(usize::MAX, |bytes| self.router.route(bytes));
                     self.drain_bulk();
+                    self.pass_on_log();
                     // The asker may have gone.
                     let _ = done.send(());
                 }

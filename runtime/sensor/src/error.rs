@@ -39,6 +39,11 @@ pub enum SensorError {
     TooManyWatched { cgroup: CgroupId, watched_max: u32 },
     #[error("{what} = {value} is not usable: {range}")]
     Config { what: &'static str, value: u64, range: &'static str },
+    #[error("cannot read what the probes say")]
+    ProbeLog {
+        #[source]
+        source: aya_log::Error,
+    },
     #[error("cannot start the draining thread")]
     Thread {
         #[source]

@@ -23,6 +23,7 @@ mod host;
 mod layout;
 mod load;
 mod mapped;
+mod probe_log;
 mod ring;
 mod windows;
 
@@ -47,11 +48,14 @@ pub use warmswap_events::Class;
 pub use windows::DiskSource;
 
 use account::Tally;
-use drain::Drain;
+use drain::{Drain, Sources};
 use load::Loaded;
 use windows::Watched;
 
 pub type Result<T> = std::result::Result<T, SensorError>;
+
+/// The `tracing` target of what the probes say; see [`SensorConfig::probe_log`].
+pub const PROBE_LOG_TARGET: &str = "warmswap_probes";
 
 /// Marks that may wait to be read, per taker. A handover makes two.
 const MARKS_MAX: usize = 4096;
@@ -68,6 +72,10 @@ pub struct SensorConfig {
     pub realtime_priority: Option<i32>,
     /// Names of probes to leave off, as [`Sensor::probes`] lists them.
     pub disabled: Vec<String>,
+    /// Whether the probes say what is abnormal: what they lose, and which fallback they take. The draining thread
+    /// passes it on to `tracing` as warnings under [`PROBE_LOG_TARGET`]. Off, it costs no time, a ring of one page, and
+    /// some 160 KiB of kernel memory: the kernel removes the messages but keeps the pages they came in.
+    pub probe_log: bool,
 }
 
 impl Default for SensorConfig {
@@ -78,6 +86,7 @@ impl Default for SensorConfig {
             drain_interval: Duration::from_millis(50),
             realtime_priority: Some(10),
             disabled: Vec::new(),
+            probe_log: false,
         }
     }
 }
@@ -143,10 +152,11 @@ impl Sensor {
     /// When the thread or its descriptors cannot be had.
     pub fn start(&mut self) -> Result<()> {
         let (Some(urgent), Some(bulk)) = (self.loaded.urgent.take(), self.loaded.bulk.take()) else { return Ok(()) };
+        let sources = Sources { urgent, bulk, log: self.loaded.log.take() };
         let control = Arc::clone(&self.loaded.control);
         let tally = Arc::clone(&self.tally);
         let config = &self.config;
-        self.drain = Some(Drain::start(urgent, bulk, control, tally, config.drain_interval, config.realtime_priority)?);
+        self.drain = Some(Drain::start(sources, control, tally, config.drain_interval, config.realtime_priority)?);
         Ok(())
     }
 

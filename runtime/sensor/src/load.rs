@@ -15,6 +15,7 @@ use crate::error::SensorError;
 use crate::host::CgroupMounts;
 use crate::layout::{layout_of, syscall_table};
 use crate::mapped::MappedArray;
+use crate::probe_log::{self, ProbeLog};
 use crate::ring::Ring;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/warmswap-probes"));
@@ -40,6 +41,8 @@ pub(crate) struct Loaded {
     pub(crate) watched_block: HashMap<MapData, u64, u32>,
     pub(crate) urgent: Option<Ring>,
     pub(crate) bulk: Option<Ring>,
+    /// Only when asked for.
+    pub(crate) log: Option<ProbeLog>,
 }
 
 /// `Layout` belongs to another crate, so aya's marker needs a type of ours.
@@ -73,6 +76,8 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
     let slots = config.watched_max + 1;
     let own_tgid = std::process::id();
     let syscalls = syscall_table();
+    let log = config.probe_log;
+    let log_level = probe_log::level(log);
 
     let mut object = EbpfLoader::new()
         // The programs carry no relocations against kernel types: offsets are globals.
@@ -81,6 +86,7 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         .override_global(global::CPUS, &cpus, true)
         .override_global(global::OWN_TGID, &own_tgid, true)
         .override_global(global::SYSCALLS, &syscalls[..], true)
+        .override_global(probe_log::LEVEL, &log_level, true)
         .map_max_entries(map::COUNTERS, slots * cpus)
         .map_max_entries(map::LATENCY, slots)
         .map_max_entries(map::RUNNING, cpus)
@@ -89,6 +95,8 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         .map_max_entries(map::WATCHED_BLOCK, slots)
         .map_max_entries(map::RING_URGENT, RING_URGENT_BYTES)
         .map_max_entries(map::RING_BULK, config.bulk_ring_bytes)
+        .map_max_entries(map::SAID, probe_log::said_max(log))
+        .map_max_entries(probe_log::RING, probe_log::ring_bytes(log))
         .load(OBJECT)
         .map_err(|source| SensorError::Load { source: Box::new(source) })?;
 
@@ -111,6 +119,7 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         watched_block: hash(&mut object, map::WATCHED_BLOCK)?,
         urgent: Some(ring(&mut object, map::RING_URGENT, RING_URGENT_BYTES)?),
         bulk: Some(ring(&mut object, map::RING_BULK, config.bulk_ring_bytes)?),
+        log: if log { Some(ProbeLog::of(&mut object)?) } else { None },
         _object: object,
     })
 }

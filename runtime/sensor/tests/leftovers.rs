@@ -6,6 +6,8 @@ mod support;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use warmswap_sensor::SensorConfig;
+
 /// Ids of the BPF programs and links this process holds, from its descriptors.
 fn held() -> BTreeSet<String> {
     let mut ids = BTreeSet::new();
@@ -43,9 +45,17 @@ fn exists(id: &str) -> bool {
 
 #[test]
 fn nothing_stays_in_the_kernel_or_in_the_process() {
-    let threads = || std::fs::read_dir("/proc/self/task").expect("procfs").count();
-    let (held_before, threads_before) = (held(), threads());
-    let mut sensor = sensor_or_leave!("nothing_stays_in_the_kernel_or_in_the_process");
+    assert_sensor_leaves_nothing(false);
+    assert_sensor_leaves_nothing(true);
+    assert_check_leaves_nothing(&held());
+}
+
+fn assert_sensor_leaves_nothing(probe_log: bool) {
+    let threads_and_descriptors =
+        || ["task", "fd"].map(|of| std::fs::read_dir(format!("/proc/self/{of}")).expect("procfs").count());
+    let (held_before, before) = (held(), threads_and_descriptors());
+    let config = SensorConfig { probe_log, ..SensorConfig::default() };
+    let mut sensor = sensor_or_leave!("nothing_stays_in_the_kernel_or_in_the_process", config);
     sensor.start().expect("starts");
     let marks = sensor.marks().expect("starts");
     let ids = held();
@@ -54,7 +64,7 @@ fn nothing_stays_in_the_kernel_or_in_the_process() {
     drop(sensor);
     assert!(marks.recv().is_err(), "the taker of marks learns of the end");
     assert_eq!(held(), held_before);
-    assert_eq!(threads(), threads_before);
+    assert_eq!(threads_and_descriptors(), before);
     // The kernel frees programs a grace period after their last use.
     let begin = Instant::now();
     while ids.iter().any(|id| exists(id)) {
@@ -62,7 +72,6 @@ fn nothing_stays_in_the_kernel_or_in_the_process() {
         assert!(begin.elapsed() < Duration::from_secs(5), "still there: {left:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_check_leaves_nothing(&held_before);
 }
 
 fn assert_check_leaves_nothing(held_before: &BTreeSet<String>) {
