@@ -12,7 +12,7 @@ use crate::run;
 
 /// A kernel line with the Debian suite that carries it. To add one, add a row and run
 /// `cargo xtask vm --kernel NAME --command 'uname -r'`.
-const KERNELS: [(&str, &str); 2] = [("6.1", "bookworm"), ("6.12", "trixie")];
+const KERNELS: [(&str, &str); 3] = [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie")];
 
 /// Depends on the newest cloud kernel of the suite.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
