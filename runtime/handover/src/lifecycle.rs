@@ -148,6 +148,9 @@ impl Supervisor {
                     _ => {}
                 }
             }
+            if let Some(reason) = self.conditions.cancelled(self.service()) {
+                return Err(HandoverError::Refused(reason));
+            }
             if began.elapsed() >= warm_max {
                 let problem = format!("was not ready within {} s", warm_max.as_secs_f64());
                 return Err(self.generation_error(generation, problem));
