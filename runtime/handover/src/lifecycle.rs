@@ -166,7 +166,7 @@ impl Supervisor {
         }
         let limits = self.owner_limits(None);
         self.backend.set_limits(&self.container(generation), &limits)?;
-        self.journal.promoted(0, generation, self.greeting_of(generation))?;
+        self.journal.promoted(0, generation, self.greeting_of(generation), None)?;
         self.own_word(generation);
         if cooperates {
             self.tell_own(generation, 0, None, None, false)
