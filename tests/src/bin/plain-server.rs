@@ -35,7 +35,8 @@ fn main() -> Result<()> {
         while !TOLD_TO_END.load(Ordering::Relaxed) {
             match listener.accept() {
                 Ok((stream, _)) => {
-                    clients.spawn(|| serve(stream, &answer));
+                    let answer = &answer;
+                    clients.spawn(move || serve(&stream, answer));
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(STEP),
                 Err(error) => return Err(error).context("cannot accept"),
@@ -45,11 +46,11 @@ fn main() -> Result<()> {
     })
 }
 
-fn serve(stream: TcpStream, answer: &str) {
-    let answered = || -> io::Result<()> {
-        for line in BufReader::new(&stream).lines() {
+fn serve(mut stream: &TcpStream, answer: &str) {
+    let mut answered = || -> io::Result<()> {
+        for line in BufReader::new(stream).lines() {
             line?;
-            (&stream).write_all(answer.as_bytes())?;
+            stream.write_all(answer.as_bytes())?;
         }
         Ok(())
     };
