@@ -10,6 +10,7 @@
 mod agent;
 mod bpf;
 mod ground;
+pub mod hesitant;
 mod inventory;
 mod requirements;
 mod store;
@@ -20,7 +21,10 @@ pub use ground::{Ground, Said, program};
 pub use inventory::{Inventory, Leftovers};
 pub use requirements::{Requirement, left_out, missing};
 pub use store::{LENIENT, Settings, Store, Update};
-pub use wait::{eventually, within};
+pub use wait::{SetOnDrop, eventually, within};
+
+/// In the image of `plain-server`: what it answers.
+pub const PLAIN_SERVER_VERSION: &str = "/etc/version";
 
 /// Returns from the test, saying that it is left out, when one of the requirements is not met.
 ///

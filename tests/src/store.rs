@@ -12,6 +12,7 @@ use serde_json::Value;
 use warmswap_load::resp::{Client, Reply};
 use warmswap_load::{Load, LoadConfig, RunningLoad};
 
+use crate::hesitant::Hesitant;
 use crate::wait::within;
 use crate::{Agent, Ground, Said};
 
@@ -24,7 +25,10 @@ pub const LENIENT: &str = "quiesce_ms_max = 2000\nverify_s_min = 1\nverify_reque
 #[derive(Debug, Clone)]
 pub struct Settings<'a> {
     pub image: &'a Path,
+    /// Empty: what the image says.
     pub command: &'a [&'a str],
+    /// Lines of `[env]`.
+    pub env: &'a str,
     pub memory_mb_max: f64,
     /// Lines of `[handover]`.
     pub handover: &'a str,
@@ -35,7 +39,7 @@ pub struct Settings<'a> {
 impl<'a> Settings<'a> {
     #[must_use]
     pub fn new(image: &'a Path) -> Self {
-        Self { image, command: &["/bin/service"], memory_mb_max: 512.0, handover: LENIENT, more: "" }
+        Self { image, command: &["/bin/service"], env: "", memory_mb_max: 512.0, handover: LENIENT, more: "" }
     }
 }
 
@@ -78,12 +82,22 @@ impl Store {
     /// # Errors
     /// When it does not come up; with what the agent logged.
     pub fn start(name: &'static str, handover: &str) -> Result<Self> {
+        Self::start_with(name, |store| {
+            let image = store.image("v1")?;
+            store.file("first", &Settings { handover, ..Settings::new(&image) })
+        })
+    }
+
+    /// As [`Store::start`], with the service file that `first` writes; it need not be session-store that runs.
+    ///
+    /// # Errors
+    /// As [`Store::start`].
+    pub fn start_with(name: &'static str, first: impl FnOnce(&Self) -> Result<PathBuf>) -> Result<Self> {
         let ground = Ground::new()?;
         let address = free_address()?;
         let agent = Agent::start(&ground)?;
         let store = Self { ground, agent: Some(agent), name, address };
-        let image = store.image("v1")?;
-        let file = store.file("first", &Settings { handover, ..Settings::new(&image) })?;
+        let file = first(&store)?;
         let said = store.ground.warmswap(&["run", &file.to_string_lossy()])?;
         ensure!(said.success(), "`warmswap run` ended with {:?}: {}\n{}", said.status, said.stderr, store.log());
         Ok(store)
@@ -120,9 +134,10 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn file(&self, name: &str, settings: &Settings<'_>) -> Result<PathBuf> {
-        let Settings { image, command, memory_mb_max, handover, more } = settings;
+        let Settings { image, command, env, memory_mb_max, handover, more } = settings;
+        let command = if command.is_empty() { String::new() } else { format!("command = {command:?}\n") };
         let text = format!(
-            "name = \"{}\"\nimage = {image:?}\ncommand = {command:?}\n[listen.resp]\naddress = \"{}\"\n\
+            "name = \"{}\"\nimage = {image:?}\n{command}[env]\n{env}\n[listen.resp]\naddress = \"{}\"\n\
              [resources]\nmemory_mb_max = {memory_mb_max}\n[handover]\n{handover}\n{more}\n",
             self.name, self.address
         );
@@ -257,6 +272,25 @@ impl Store {
         Ok(shims)
     }
 
+    /// Writes the service file of an update to a shadow that waits at `place`, see [`Hesitant`].
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn hesitant_file(&self, place: &str, handover: &str) -> Result<PathBuf> {
+        let image = self.ground.image("hesitant", "hesitant")?;
+        self.file(place, &Settings { command: &["/bin/service", place], handover, ..Settings::new(&image) })
+    }
+
+    /// A generation of [`Store::hesitant_file`], once it waits.
+    ///
+    /// # Errors
+    /// When it does not come to that within two minutes.
+    pub fn hesitant(&self, generation: u32) -> Result<Hesitant> {
+        let found =
+            within(Duration::from_secs(120), || self.pids(generation).ok()?.into_iter().find_map(Hesitant::find));
+        found.with_context(|| format!("g{generation} does not wait anywhere\n{}", self.log()))
+    }
+
     /// A connection.
     ///
     /// # Errors
@@ -278,7 +312,8 @@ impl Store {
     /// # Errors
     /// When they cannot connect.
     pub fn load_of(&self, connections: usize, rate_per_s: f64) -> Result<RunningLoad> {
-        let timeout = Duration::from_secs(20);
+        // Longer than an agent takes to come back: the clients of one that died in QUIESCE wait for the next.
+        let timeout = Duration::from_secs(60);
         let config = LoadConfig { connections, rate_per_s, timeout, ..LoadConfig::new(self.address) };
         let load = Load::start(LoadConfig { new_connections_per_s: 5.0, ..config })?;
         // A baseline, and proof that it runs.

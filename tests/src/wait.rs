@@ -1,5 +1,6 @@
 //! Waiting for something to become true, with a limit.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const STEP: Duration = Duration::from_millis(20);
@@ -25,4 +26,14 @@ pub fn within<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<
 #[track_caller]
 pub fn eventually(what: &str, limit: Duration, mut ask: impl FnMut() -> bool) {
     assert!(within(limit, || ask().then_some(())).is_some(), "not within {limit:?}: {what}");
+}
+
+/// Tells threads of a scope to end, also when the test panics: the scope would wait for them for ever.
+#[derive(Debug)]
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }

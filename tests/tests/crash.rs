@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+use std::io::{BufRead as _, BufReader};
+use std::process::Child;
 use std::time::Duration;
 
 use warmswap_load::resp::Reply;
 use warmswap_load::{LoadResult, RunningLoad};
+use warmswap_tests::hesitant::Hesitant;
 use warmswap_tests::{LENIENT, Requirement, Store, eventually, needs};
 
 const KEYS: usize = 200;
@@ -54,10 +57,49 @@ fn check_segments(store: &Store) {
     }
 }
 
-/// SIGKILL to a process of a container of ours.
-fn kill(pid: i32) {
+/// To a process of a container of ours.
+fn signal(pid: i32, signal: i32) {
     // SAFETY: a system call without memory.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0, "process {pid} is not there");
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "process {pid} is not there");
+}
+
+fn kill(pid: i32) {
+    signal(pid, libc::SIGKILL);
+}
+
+/// A store under load, and an update of it that waits at `place` of its handover.
+fn held_at(name: &'static str, place: &str) -> (Store, RunningLoad, Child, Hesitant) {
+    let handover = format!("warm_s_max = 600\nsync_s_max = 600\n{}", LENIENT.replace("= 2000", "= 600000"));
+    let store = start(name, &handover);
+    let load = store.load().unwrap();
+    let file = store.hesitant_file(place, &handover).unwrap();
+    let update = store.begin_update(&["--file", &file.to_string_lossy()], "preparing").unwrap();
+    let shadow = store.hesitant(2).unwrap();
+    let status = store.status().unwrap();
+    let roles = status["generations"].as_array().unwrap().iter().map(|member| &member["role"]).collect::<Vec<_>>();
+    assert_eq!(roles, ["owner", "shadow"], "{status}");
+    (store, load, update, shadow)
+}
+
+/// Whoever waited for the update learns that nobody can tell them its end.
+fn assert_bereft(update: Child) {
+    let output = update.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains("the agent went away"), "{}: {stderr}", output.status);
+}
+
+/// The next agent makes as if the update had never begun, and says so.
+fn assert_undone(store: &Store, owner: &[i32]) {
+    assert_eq!((store.owner().unwrap(), store.pids(1).unwrap().as_slice()), (1, owner), "{}", store.log());
+    let status = store.status().unwrap();
+    assert_eq!(status["generations"].as_array().unwrap().len(), 1, "the shadow is gone: {status}");
+    assert!(status["activity"].is_null() && status["trouble"].is_null(), "{status}");
+    assert!(status["image"].as_str().unwrap().ends_with("/v1"), "{status}");
+    let history = store.ground().json(&["history", status["name"].as_str().unwrap()]).unwrap();
+    let last = history.as_array().and_then(|reports| reports.last()).cloned().unwrap_or_default();
+    assert_eq!(last["verdict"], "aborted", "{history}");
+    assert_eq!(last["reason"], "the agent died before PROMOTE", "{history}");
+    store.check_keys(KEYS).unwrap();
 }
 
 #[test]
@@ -133,6 +175,94 @@ fn an_agent_killed_in_the_middle_of_a_handover_leaves_one_owner() {
     let history = store.ground().json(&["history", "scenario-middle"]).unwrap();
     let last = history.as_array().and_then(|reports| reports.last()).cloned().unwrap_or_default();
     assert!(last["reason"].as_str().is_some_and(|reason| reason.contains("the agent died")), "{history}");
+    store.finish().unwrap();
+}
+
+#[test]
+fn an_agent_killed_while_the_shadow_warms_up_or_catches_up_is_not_missed() {
+    let name = "an_agent_killed_while_the_shadow_warms_up_or_catches_up_is_not_missed";
+    needs!(name, Requirement::Containers);
+    for (service, place) in [("scenario-warm", "ready"), ("scenario-sync", "round-1")] {
+        let (mut store, load, update, _) = held_at(service, place);
+        let owner = store.pids(1).unwrap();
+        let mut client = store.client().unwrap();
+        assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(1));
+
+        store.kill_agent().unwrap();
+        assert_bereft(update);
+        assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(2), "{place}");
+        store.check_keys(KEYS).unwrap();
+
+        store.start_agent().unwrap();
+        assert_undone(&store, &owner);
+        assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(3), "{place}");
+        assert_updates(&store, "v2");
+        assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(4), "{place}");
+        assert_clean(load);
+        store.finish().unwrap();
+    }
+}
+
+/// The one phase in which nobody serves: what clients send meanwhile waits for the next agent.
+#[test]
+fn an_agent_killed_in_quiesce_is_followed_by_one_that_lets_the_owner_go_on() {
+    let name = "an_agent_killed_in_quiesce_is_followed_by_one_that_lets_the_owner_go_on";
+    needs!(name, Requirement::Containers);
+    // The second round is the last one, for what the load writes meanwhile is little.
+    let (mut store, load, update, shadow) = held_at("scenario-quiesce", "round-2");
+    let owner = store.pids(1).unwrap();
+    let mut client = store.client().unwrap();
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(1));
+
+    // It cannot yield before it is let go on.
+    owner.iter().for_each(|pid| signal(*pid, libc::SIGSTOP));
+    shadow.go_on().unwrap();
+    eventually("the owner is to yield", PATIENCE, || store.status().is_ok_and(|s| s["activity"] == "switching"));
+    store.kill_agent().unwrap();
+    owner.iter().for_each(|pid| signal(*pid, libc::SIGCONT));
+    assert_bereft(update);
+
+    store.start_agent().unwrap();
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(2));
+    assert_undone(&store, &owner);
+    assert_updates(&store, "v2");
+    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(3));
+    assert_clean(load);
+    store.finish().unwrap();
+}
+
+/// Wherever between QUIESCE and VERIFY that is: one owner, every acknowledged write, every connection.
+#[test]
+fn an_agent_killed_as_the_owner_is_told_to_yield_leaves_one_owner() {
+    needs!("an_agent_killed_as_the_owner_is_told_to_yield_leaves_one_owner", Requirement::Containers);
+    let mut store = start("scenario-yield", LENIENT);
+    let load = store.load().unwrap();
+    let mut client = store.client().unwrap();
+    for (visit, version) in (1..).zip(["v2", "v1", "v2", "v1"]) {
+        let image = store.image(version).unwrap();
+        let before = store.status().unwrap();
+        let mut update = store.begin_update(&["--image", &image.to_string_lossy()], "preparing").unwrap();
+        let mut lines = BufReader::new(update.stdout.take().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.any(|line| line.contains("phase_begun") && line.contains("quiesce")), "{}", store.log());
+        store.kill_agent().unwrap();
+        assert_bereft(update);
+
+        store.start_agent().unwrap();
+        let status = store.status().unwrap();
+        assert!(status["activity"].is_null() && status["trouble"].is_null(), "{status}\n{}", store.log());
+        assert_eq!(status["generations"].as_array().unwrap().len(), 1, "{status}");
+        let history = store.ground().json(&["history", "scenario-yield"]).unwrap();
+        let last = history.as_array().and_then(|reports| reports.last()).cloned().unwrap_or(history);
+        let now_serves = match last["reason"].as_str().unwrap() {
+            "the agent died before PROMOTE" => before,
+            "the agent died after PROMOTE; kept without being verified" => status.clone(),
+            other => panic!("{other}"),
+        };
+        assert_eq!((&status["owner"], &status["image"]), (&now_serves["owner"], &now_serves["image"]), "{last}");
+        assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(visit));
+        store.check_keys(KEYS).unwrap();
+    }
+    assert_clean(load);
     store.finish().unwrap();
 }
 

@@ -120,6 +120,36 @@ fn a_shadow_that_never_becomes_ready_is_given_up() {
 }
 
 #[test]
+fn a_shadow_that_joins_and_never_becomes_ready_is_given_up() {
+    needs!("a_shadow_that_joins_and_never_becomes_ready_is_given_up", Requirement::Containers);
+    let store = start("scenario-hesitant", LENIENT);
+    let file = store.hesitant_file("ready", &format!("warm_s_max = 5\n{LENIENT}")).unwrap();
+
+    let update = store.update_to_file(&file).unwrap();
+    assert_eq!(update.verdict(), "aborted", "{update:?}");
+    assert_refused(&update, &["g2", "was not ready within 5 s", "WARM"]);
+    assert_eq!(update.said.status, Some(3));
+    let phases = update.report.as_ref().unwrap()["phases"].as_array().unwrap().clone();
+    let warm = phases.iter().find(|timing| timing["phase"] == "warm").unwrap();
+    assert_eq!(warm["outcome"], "failed", "{phases:?}");
+    assert!(warm["duration_us"].as_f64().unwrap() >= 5e6, "it was given the time the service file says: {phases:?}");
+    assert_untouched(&store);
+
+    // Nobody has to wait for it.
+    let file = store.hesitant_file("ready", &format!("warm_s_max = 600\n{LENIENT}")).unwrap();
+    let update = store.begin_update(&["--file", &file.to_string_lossy()], "preparing").unwrap();
+    store.hesitant(3).unwrap();
+    let rollback = store.hand_over(&["rollback", "scenario-hesitant"]).unwrap();
+    assert_eq!(rollback.verdict(), "aborted", "{rollback:?}");
+    assert!(rollback.reason().contains("a rollback was asked for during WARM"), "{}", rollback.reason());
+    let output = update.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert_untouched(&store);
+    assert_updates(&store);
+    store.finish().unwrap();
+}
+
+#[test]
 fn too_little_memory_for_the_reservation_is_said_before_anything_starts() {
     needs!("too_little_memory_for_the_reservation_is_said_before_anything_starts", Requirement::Containers);
     let store = start("scenario-memory", LENIENT);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use warmswap_load::resp::Reply;
 use warmswap_load::{LoadResult, unix_ms};
-use warmswap_tests::{LENIENT, Requirement, Store, Update, needs};
+use warmswap_tests::{LENIENT, Requirement, SetOnDrop, Store, Update, needs};
 
 const KEYS: usize = 300;
 
@@ -109,14 +109,6 @@ fn redis_benchmark_runs_through_an_update_and_redis_cli_reads_what_it_wrote() {
     assert_eq!(cli(&["GET", "greeting"]), "hello");
     assert_eq!(cli(&["DBSIZE"]), "2");
     store.finish().unwrap();
-}
-
-struct SetOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
 }
 
 /// Enough writing that the log goes on in a new segment, and gives up an old one, in every phase of the updates.

@@ -101,6 +101,10 @@ impl Conditions for AgentConditions {
         members: &[warmswap_handover::MemberStatus],
     ) {
         self.shared.observatory.watch(service, crate::service::cgroups(ground, members));
+        // The service's own thread says so only between handovers.
+        if let Some(handle) = self.handle(service) {
+            handle.show(members);
+        }
     }
 
     fn lease(&self, service: &ServiceName, reservation: &PerResource<f64>) -> Result<(), String> {

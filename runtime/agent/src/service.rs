@@ -80,6 +80,14 @@ impl ServiceHandle {
         let _ = self.wake.write(1);
     }
 
+    /// Which generations there are, for `status`.
+    pub(crate) fn show(&self, members: &[MemberStatus]) {
+        let owner = members.iter().find(|member| member.role == Role::Owner).map(|member| member.generation);
+        let mut snapshot = lock(&self.snapshot);
+        snapshot.owner = owner;
+        snapshot.members = members.to_vec();
+    }
+
     /// The shadow of the handover in progress.
     pub(crate) fn shadow(&self, shared: &Shared) -> Option<ContainerId> {
         let owner = lock(&self.snapshot).owner;

@@ -8,7 +8,7 @@
 //! ```text
 //! {"record":"service","file":{…},"folder":"/srv","next_generation":3,"owner":2,"previous_image":"images/v1"}
 //! {"record":"begin","handover":7,"from":2,"to":3,"image":"images/v3"}
-//! {"record":"promoted","handover":7,"owner":3,"greeting":{…}}    <- the point of no return without a rollback
+//! {"record":"promoted","handover":7,"owner":3,"greeting":{…},"connections":20}    <- the point of no return without a rollback
 //! {"record":"end","handover":7,"owner":3}
 //! ```
 
@@ -39,7 +39,7 @@ pub enum JournalError {
 enum Record {
     Service(Box<ServiceRecord>),
     Begin { handover: u64, from: Generation, to: Generation, image: ImageRef },
-    Promoted { handover: u64, owner: Generation, greeting: Option<Greeting> },
+    Promoted { handover: u64, owner: Generation, greeting: Option<Greeting>, connections: Option<u64> },
     End { handover: u64, owner: Generation },
 }
 
@@ -69,6 +69,8 @@ pub struct OpenHandover {
     pub from_image: ImageRef,
     /// `to` is the owner.
     pub promoted: bool,
+    /// How many connections the owner was handed in order, by the one before it: it may not have been told yet.
+    pub connections: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -122,14 +124,23 @@ impl Journal {
                 (_, None) => return Err(damaged(number, "the first record is not of the service".into())),
                 (Record::Begin { handover, from, to, image }, Some(known)) => {
                     let from_image = known.service.image.clone();
-                    known.open = Some(OpenHandover { handover, from, to, image, from_image, promoted: false });
+                    known.open = Some(OpenHandover {
+                        handover,
+                        from,
+                        to,
+                        image,
+                        from_image,
+                        promoted: false,
+                        connections: None,
+                    });
                     known.service.next_generation = known.service.next_generation.max(to.next());
                 }
-                (Record::Promoted { handover, owner, greeting }, Some(known)) => {
+                (Record::Promoted { handover, owner, greeting, connections }, Some(known)) => {
                     known.service.owner = Some(owner);
                     known.service.greeting = greeting;
                     if let Some(open) = known.open.as_mut().filter(|open| open.handover == handover) {
                         open.promoted = owner == open.to;
+                        open.connections = connections;
                     }
                 }
                 (Record::End { owner, .. }, Some(known)) => {
@@ -153,15 +164,16 @@ impl Journal {
         self.file.sync_data().map_err(|source| JournalError::File { action: "sync", path: self.path.clone(), source })
     }
 
-    /// Ownership passes now. Written before the control word changes; one `write`, nothing else, for it lies in
-    /// the blackout.
+    /// Ownership passes now, with so many connections when the owner before has handed them over. Written before the control
+    /// word changes; one `write`, nothing else, for it lies in the blackout.
     pub fn promoted(
         &mut self,
         handover: u64,
         owner: Generation,
         greeting: Option<Greeting>,
+        connections: Option<u64>,
     ) -> Result<(), JournalError> {
-        self.append(&Record::Promoted { handover, owner, greeting })
+        self.append(&Record::Promoted { handover, owner, greeting, connections })
     }
 
     pub fn end(&mut self, handover: u64, owner: Generation) -> Result<(), JournalError> {
@@ -234,18 +246,21 @@ mod tests {
             image: "v2".into(),
             from_image: "v1".into(),
             promoted: false,
+            connections: None,
         };
         assert_eq!(read.open, Some(open));
         assert_eq!(read.service.owner, Some(Generation(1)));
         assert_eq!(read.service.next_generation, Generation(3), "a generation number is never used twice");
 
-        journal.promoted(7, Generation(2), None).unwrap();
+        journal.promoted(7, Generation(2), None, Some(20)).unwrap();
         let read = Journal::read(&path).unwrap().unwrap();
-        assert!(read.open.unwrap().promoted);
+        let open = read.open.unwrap();
+        assert_eq!((open.promoted, open.connections), (true, Some(20)));
         assert_eq!(read.service.owner, Some(Generation(2)));
 
-        journal.promoted(7, Generation(1), None).unwrap(); // rolled back
-        assert!(!Journal::read(&path).unwrap().unwrap().open.unwrap().promoted);
+        journal.promoted(7, Generation(1), None, None).unwrap(); // rolled back, because g2 died
+        let open = Journal::read(&path).unwrap().unwrap().open.unwrap();
+        assert_eq!((open.promoted, open.connections), (false, None));
 
         journal.end(7, Generation(1)).unwrap();
         let read = Journal::read(&path).unwrap().unwrap();
@@ -256,7 +271,7 @@ mod tests {
     fn every_cut_of_the_file_reads_as_a_prefix_of_its_records_or_is_refused() {
         let (_folder, path, mut journal) = fresh();
         journal.begin(1, Generation(1), Generation(2), &"v2".into()).unwrap();
-        journal.promoted(1, Generation(2), None).unwrap();
+        journal.promoted(1, Generation(2), None, Some(20)).unwrap();
         journal.end(1, Generation(2)).unwrap();
         let whole = std::fs::read(&path).unwrap();
         let first_line = whole.iter().position(|b| *b == b'\n').unwrap();

@@ -151,6 +151,9 @@ impl Supervisor {
                     _ => {}
                 }
             }
+            if let Some(reason) = self.conditions.cancelled(self.service()) {
+                return Err(HandoverError::Refused(reason));
+            }
             if began.elapsed() >= warm_max {
                 let problem = format!("was not ready within {} s", warm_max.as_secs_f64());
                 return Err(self.generation_error(generation, problem));
@@ -166,7 +169,7 @@ impl Supervisor {
         }
         let limits = self.owner_limits(None);
         self.backend.set_limits(&self.container(generation), &limits)?;
-        self.journal.promoted(0, generation, self.greeting_of(generation))?;
+        self.journal.promoted(0, generation, self.greeting_of(generation), None)?;
         self.own_word(generation);
         if cooperates {
             self.tell_own(generation, 0, None, None, false)

@@ -269,7 +269,7 @@ impl Supervisor {
             // Both accept from the same listeners; nobody has to stop for the other to serve.
             return self.timed(attempt, Phase::Promote, |s, a| {
                 s.journal
-                    .promoted(a.handover, to, s.greeting_of(to))
+                    .promoted(a.handover, to, s.greeting_of(to), None)
                     .map_err(|error| Stop::new(with_causes(&error)))?;
                 s.own_word(to);
                 a.promoted = true;
@@ -384,7 +384,7 @@ impl Supervisor {
         self.informed(to).map_err(before)?;
         let checked = Instant::now();
         self.journal
-            .promoted(handover, to, self.greeting_of(to))
+            .promoted(handover, to, self.greeting_of(to), Some(connections_open))
             .map_err(|error| SwitchError::Before { began: told, stop: Stop::new(with_causes(&error)) })?;
         self.own_word(to);
         let after = |stop| SwitchError::After { began: checked, stop };
@@ -538,6 +538,11 @@ impl Supervisor {
             if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
                 tracing::warn!("{}", stop.reason);
             }
+            // From here on it may have yielded: what it carries over itself counts, not what was handed to it.
+            let greeting = self.greeting_of(to);
+            if let Err(error) = self.journal.promoted(attempt.handover, to, greeting, None) {
+                tracing::error!("{}", with_causes(&error));
+            }
             self.switch(attempt.handover, to, from, HAND_BACK_TIME_MAX)
         });
         match switched {
@@ -569,7 +574,7 @@ impl Supervisor {
         self.pump(Duration::ZERO, None);
         self.informed(from)?;
         self.journal
-            .promoted(attempt.handover, from, self.greeting_of(from))
+            .promoted(attempt.handover, from, self.greeting_of(from), None)
             .map_err(|error| Stop::new(with_causes(&error)))?;
         self.own_word(from);
         self.tell_own(from, attempt.handover, None, None, false)?;

@@ -131,7 +131,7 @@ impl Supervisor {
         if let Some(owner) = owner {
             self.own_word(owner);
             if self.members.get(&owner).is_some_and(Member::cooperates) {
-                self.resume(owner, open.map_or(0, |open| open.handover));
+                self.resume(owner, open.map_or(0, |open| open.handover), open.and_then(|open| open.connections));
             }
         }
         for generation in others {
@@ -180,12 +180,13 @@ impl Supervisor {
     }
 
     /// Gives the owner a control page that this process can write, and tells it to serve: it may have stopped for a
-    /// handover that nobody finishes now. An owner that serves already takes this as a repetition.
-    fn resume(&mut self, owner: Generation, handover: u64) {
+    /// handover that nobody finishes now. An owner that serves already takes this as a repetition; one that was made owner
+    /// and never heard of it keeps the `connections` that were handed over to it.
+    fn resume(&mut self, owner: Generation, handover: u64, connections: Option<u64>) {
         let result = self
             .tell(owner, &ToService::ControlPage, &[self.control.as_fd()])
             .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
-            .and_then(|()| self.tell_own(owner, handover, None, None, false))
+            .and_then(|()| self.tell_own(owner, handover, None, connections, false))
             .and_then(|()| self.await_owned(owner, handover));
         match result {
             Ok(connections) => tracing::info!("{owner} of {} serves {connections} connections", self.service()),

@@ -64,7 +64,7 @@ const MAY_KNOW: [(&str, &[&str]); 20] = [
             "warmswap-policy",
         ],
     ),
-    ("warmswap-tests", &["warmswap-model", "warmswap-load", "warmswap-rootfs"]),
+    ("warmswap-tests", &["warmswap-model", "warmswap-load", "warmswap-rootfs", "warmswap-sdk"]),
     ("session-store", &["warmswap-sdk"]),
     ("xtask", &["warmswap-rootfs"]),
 ];

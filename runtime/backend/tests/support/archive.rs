@@ -1,6 +1,7 @@
-//! Image archives, good and bad, written byte by byte where the `tar` crate would refuse.
+//! Image archives, good and bad, written byte by byte where the `tar` crate would refuse. The end-to-end scenarios use it
+//! as well.
 
-#![allow(unreachable_pub, reason = "a module of test programs")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses its part")]
 
 use std::io::Write;
 use std::path::Path;
