@@ -8,7 +8,7 @@
 //! ```text
 //! {"record":"service","file":{…},"folder":"/srv","next_generation":3,"owner":2,"previous_image":"images/v1"}
 //! {"record":"begin","handover":7,"from":2,"to":3,"image":"images/v3"}
-//! {"record":"promoted","handover":7,"owner":3,"greeting":{…},"connections":20}    <- the point of no return without a rollback
+//! {"record":"promoted","handover":7,"owner":3,"greeting":{…}}    <- the control word changes next
 //! {"record":"end","handover":7,"owner":3}
 //! ```
 
@@ -39,7 +39,7 @@ pub enum JournalError {
 enum Record {
     Service(Box<ServiceRecord>),
     Begin { handover: u64, from: Generation, to: Generation, image: ImageRef },
-    Promoted { handover: u64, owner: Generation, greeting: Option<Greeting>, connections: Option<u64> },
+    Promoted { handover: u64, owner: Generation, greeting: Option<Greeting> },
     End { handover: u64, owner: Generation },
 }
 
@@ -69,8 +69,10 @@ pub struct OpenHandover {
     pub from_image: ImageRef,
     /// `to` is the owner.
     pub promoted: bool,
-    /// How many connections the owner was handed in order, by the one before it: it may not have been told yet.
-    pub connections: Option<u64>,
+    /// `to` was the owner, and `from` is again.
+    pub rolled_back: bool,
+    /// What `from` and `to` said about themselves.
+    greetings: [Option<Greeting>; 2],
 }
 
 #[derive(Debug)]
@@ -84,6 +86,21 @@ pub struct Journal {
 pub struct Recovered {
     pub service: ServiceRecord,
     pub open: Option<OpenHandover>,
+}
+
+impl Recovered {
+    /// Takes the control word for what holds: a record of who owns is written just before the word changes, and the
+    /// supervisor may have died between the two.
+    pub fn believe(&mut self, owner: Generation) {
+        let Some(open) = &mut self.open else { return };
+        if self.service.owner == Some(owner) || ![open.from, open.to].contains(&owner) {
+            return;
+        }
+        open.promoted = owner == open.to;
+        open.rolled_back = false;
+        self.service.owner = Some(owner);
+        self.service.greeting.clone_from(&open.greetings[usize::from(open.promoted)]);
+    }
 }
 
 impl Journal {
@@ -131,17 +148,20 @@ impl Journal {
                         image,
                         from_image,
                         promoted: false,
-                        connections: None,
+                        rolled_back: false,
+                        greetings: [known.service.greeting.clone(), None],
                     });
                     known.service.next_generation = known.service.next_generation.max(to.next());
                 }
-                (Record::Promoted { handover, owner, greeting, connections }, Some(known)) => {
+                (Record::Promoted { handover, owner, greeting }, Some(known)) => {
                     known.service.owner = Some(owner);
-                    known.service.greeting = greeting;
                     if let Some(open) = known.open.as_mut().filter(|open| open.handover == handover) {
-                        open.promoted = owner == open.to;
-                        open.connections = connections;
+                        let promoted = owner == open.to;
+                        open.rolled_back = open.promoted && !promoted;
+                        open.promoted = promoted;
+                        open.greetings[usize::from(promoted)].clone_from(&greeting);
                     }
+                    known.service.greeting = greeting;
                 }
                 (Record::End { owner, .. }, Some(known)) => {
                     known.service.owner = Some(owner);
@@ -164,16 +184,15 @@ impl Journal {
         self.file.sync_data().map_err(|source| JournalError::File { action: "sync", path: self.path.clone(), source })
     }
 
-    /// Ownership passes now, with so many connections when the owner before has handed them over. Written before the control
-    /// word changes; one `write`, nothing else, for it lies in the blackout.
+    /// Ownership passes now. Written before the control word changes; one `write`, nothing else, for it lies in the
+    /// blackout.
     pub fn promoted(
         &mut self,
         handover: u64,
         owner: Generation,
         greeting: Option<Greeting>,
-        connections: Option<u64>,
     ) -> Result<(), JournalError> {
-        self.append(&Record::Promoted { handover, owner, greeting, connections })
+        self.append(&Record::Promoted { handover, owner, greeting })
     }
 
     pub fn end(&mut self, handover: u64, owner: Generation) -> Result<(), JournalError> {
@@ -246,21 +265,21 @@ mod tests {
             image: "v2".into(),
             from_image: "v1".into(),
             promoted: false,
-            connections: None,
+            rolled_back: false,
+            greetings: [None, None],
         };
         assert_eq!(read.open, Some(open));
         assert_eq!(read.service.owner, Some(Generation(1)));
         assert_eq!(read.service.next_generation, Generation(3), "a generation number is never used twice");
 
-        journal.promoted(7, Generation(2), None, Some(20)).unwrap();
+        journal.promoted(7, Generation(2), None).unwrap();
         let read = Journal::read(&path).unwrap().unwrap();
-        let open = read.open.unwrap();
-        assert_eq!((open.promoted, open.connections), (true, Some(20)));
+        assert!(read.open.unwrap().promoted);
         assert_eq!(read.service.owner, Some(Generation(2)));
 
-        journal.promoted(7, Generation(1), None, None).unwrap(); // rolled back, because g2 died
+        journal.promoted(7, Generation(1), None).unwrap();
         let open = Journal::read(&path).unwrap().unwrap().open.unwrap();
-        assert_eq!((open.promoted, open.connections), (false, None));
+        assert!(!open.promoted && open.rolled_back);
 
         journal.end(7, Generation(1)).unwrap();
         let read = Journal::read(&path).unwrap().unwrap();
@@ -268,10 +287,31 @@ mod tests {
     }
 
     #[test]
+    fn the_control_word_decides_when_the_supervisor_died_before_it_changed_it() {
+        let greeting = |schema| Some(Greeting { schemas_read: vec![schema], schema_written: schema });
+        let (_folder, path, mut journal) = fresh();
+        journal.rewrite(&ServiceRecord { greeting: greeting(1), ..record() }).unwrap();
+        journal.begin(7, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.promoted(7, Generation(2), greeting(2)).unwrap();
+        let read = |owner| {
+            let mut read = Journal::read(&path).unwrap().unwrap();
+            read.believe(Generation(owner));
+            let open = read.open.unwrap();
+            (read.service.owner.unwrap().0, read.service.greeting, open.promoted, open.rolled_back)
+        };
+        assert_eq!(read(1), (1, greeting(1), false, false), "never promoted");
+        assert_eq!(read(2), (2, greeting(2), true, false));
+        assert_eq!(read(9), (2, greeting(2), true, false), "no part of this handover");
+        journal.promoted(7, Generation(1), greeting(1)).unwrap();
+        assert_eq!(read(2), (2, greeting(2), true, false), "not rolled back yet");
+        assert_eq!(read(1), (1, greeting(1), false, true));
+    }
+
+    #[test]
     fn every_cut_of_the_file_reads_as_a_prefix_of_its_records_or_is_refused() {
         let (_folder, path, mut journal) = fresh();
         journal.begin(1, Generation(1), Generation(2), &"v2".into()).unwrap();
-        journal.promoted(1, Generation(2), None, Some(20)).unwrap();
+        journal.promoted(1, Generation(2), None).unwrap();
         journal.end(1, Generation(2)).unwrap();
         let whole = std::fs::read(&path).unwrap();
         let first_line = whole.iter().position(|b| *b == b'\n').unwrap();

@@ -10,7 +10,7 @@ use warmswap_transfer::message::ToService;
 
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor, describe_exit};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor, describe_exit};
 
 /// A program that has not spoken this long after its start does not link the SDK.
 const GREETING_TIME_MAX: Duration = Duration::from_secs(3);
@@ -89,7 +89,10 @@ impl Supervisor {
         env.insert("WARMSWAP_RESCUE_FD".into(), (3 + fds.len()).to_string());
         fds.push(NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? });
 
-        let mut keep = vec![NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? }];
+        let mut keep = vec![
+            NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? },
+            NamedFd { name: KEPT_PAGE.into(), fd: duplicate(self.control.as_fd())? },
+        ];
         for (index, segment) in &self.segments {
             keep.push(NamedFd { name: format!("{KEPT_SEGMENT}{index}"), fd: duplicate(segment.as_fd())? });
         }
@@ -169,8 +172,8 @@ impl Supervisor {
         }
         let limits = self.owner_limits(None);
         self.backend.set_limits(&self.container(generation), &limits)?;
-        self.journal.promoted(0, generation, self.greeting_of(generation), None)?;
-        self.own_word(generation);
+        self.journal.promoted(0, generation, self.greeting_of(generation))?;
+        self.own_word(generation, false);
         if cooperates {
             self.tell_own(generation, 0, None, None, false)
                 .and_then(|()| self.await_owned(generation, 0).map(drop))

@@ -269,9 +269,9 @@ impl Supervisor {
             // Both accept from the same listeners; nobody has to stop for the other to serve.
             return self.timed(attempt, Phase::Promote, |s, a| {
                 s.journal
-                    .promoted(a.handover, to, s.greeting_of(to), None)
+                    .promoted(a.handover, to, s.greeting_of(to))
                     .map_err(|error| Stop::new(with_causes(&error)))?;
-                s.own_word(to);
+                s.own_word(to, false);
                 a.promoted = true;
                 a.undo.clear();
                 if s.members.get(&to).is_some_and(Member::cooperates) {
@@ -384,9 +384,9 @@ impl Supervisor {
         self.informed(to).map_err(before)?;
         let checked = Instant::now();
         self.journal
-            .promoted(handover, to, self.greeting_of(to), Some(connections_open))
+            .promoted(handover, to, self.greeting_of(to))
             .map_err(|error| SwitchError::Before { began: told, stop: Stop::new(with_causes(&error)) })?;
-        self.own_word(to);
+        self.own_word(to, true);
         let after = |stop| SwitchError::After { began: checked, stop };
         self.tell_own(to, handover, commit, Some(connections_open), true).map_err(after)?;
         let connections_adopted = self.await_owned(to, handover).map_err(after)?;
@@ -526,7 +526,7 @@ impl Supervisor {
         let (from, to) = (attempt.from, attempt.to);
         self.conditions.release(&self.record.file.name);
         if attempt.rung < Rung::Fds {
-            self.own_word(from);
+            self.own_word(from, false);
             self.set_role(from, Role::Owner);
             self.retire(to);
             return Ok(());
@@ -537,11 +537,6 @@ impl Supervisor {
             // The parked one takes in what was written since, while the worse one still serves.
             if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
                 tracing::warn!("{}", stop.reason);
-            }
-            // From here on it may have yielded: what it carries over itself counts, not what was handed to it.
-            let greeting = self.greeting_of(to);
-            if let Err(error) = self.journal.promoted(attempt.handover, to, greeting, None) {
-                tracing::error!("{}", with_causes(&error));
             }
             self.switch(attempt.handover, to, from, HAND_BACK_TIME_MAX)
         });
@@ -574,9 +569,9 @@ impl Supervisor {
         self.pump(Duration::ZERO, None);
         self.informed(from)?;
         self.journal
-            .promoted(attempt.handover, from, self.greeting_of(from), None)
+            .promoted(attempt.handover, from, self.greeting_of(from))
             .map_err(|error| Stop::new(with_causes(&error)))?;
-        self.own_word(from);
+        self.own_word(from, false);
         self.tell_own(from, attempt.handover, None, None, false)?;
         self.await_owned(from, attempt.handover)?;
         // Nobody knows what the dead one had read of them, so their clients are told by a closed connection.

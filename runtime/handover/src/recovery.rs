@@ -2,13 +2,14 @@
 //! stopped, and finish or undo the handover that was open.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use warmswap_backend::{Backend, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
 use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
+use warmswap_transfer::control::{ControlView, ControlWord};
 use warmswap_transfer::message::ToService;
 use warmswap_transfer::segment::segment_index;
 
@@ -16,7 +17,7 @@ use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_SEGMENT, Supervisor};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor};
 
 impl Supervisor {
     /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did
@@ -30,22 +31,35 @@ impl Supervisor {
         conditions: Arc<dyn Conditions>,
         journal_path: &Path,
     ) -> Result<Option<(Self, Option<HandoverReport>)>, HandoverError> {
-        let Some(recovered) = Journal::read(journal_path)? else { return Ok(None) };
+        let Some(mut recovered) = Journal::read(journal_path)? else { return Ok(None) };
         let service = recovered.service.file.name.clone();
-        let found: Vec<FoundContainer> =
-            backend.list()?.into_iter().filter(|container| container.spec.id.service == service).collect();
+        let found = backend.list()?.into_iter().filter(|container| container.spec.id.service == service);
+        let found: Vec<(FoundContainer, Option<Kept>)> = found
+            .map(|container| {
+                let kept = backend.kept_fds(&container.spec.id).map(Kept::sort).inspect_err(|error| {
+                    tracing::error!("{} cannot be taken over, it is ended: {}", container.spec.id, with_causes(error));
+                });
+                (container, kept.ok())
+            })
+            .collect();
+        // All of one supervisor's time hold the same page.
+        let words = found.iter().filter_map(|(_, kept)| kept.as_ref()?.word);
+        let word = words.max_by_key(|word| word.epoch).unwrap_or_default();
+        recovered.believe(Generation(word.owner));
         let ground = backend.open_service(&service, &recovered.service.file.listen)?;
         let mut record = recovered.service;
         if let Some(open) = recovered.open.as_ref().filter(|open| open.promoted) {
             record.previous_image = Some(std::mem::replace(&mut record.image, open.image.clone()));
         }
-        for container in &found {
+        for (container, _) in &found {
             record.next_generation = record.next_generation.max(container.spec.id.generation.next());
         }
         let journal = Journal::create(journal_path, &record)?;
         let mut supervisor = Self::assemble(backend, conditions, ground, record, journal)?;
-        for container in found {
-            supervisor.adopt(&container);
+        // To the epoch, so that a process sees whether anybody else owned in between.
+        supervisor.control.store(word);
+        for (container, kept) in found {
+            supervisor.adopt(&container, kept);
         }
         let report = recovered.open.as_ref().map(|open| supervisor.report_open(open));
         supervisor.settle(recovered.open.as_ref());
@@ -53,33 +67,13 @@ impl Supervisor {
     }
 
     /// Takes up the conversation with one container, or ends it when there is none to take up.
-    fn adopt(&mut self, container: &FoundContainer) {
+    fn adopt(&mut self, container: &FoundContainer, kept: Option<Kept>) {
         let id = container.spec.id.clone();
         let generation = id.generation;
-        let kept = match self.backend.kept_fds(&id) {
-            Ok(kept) => kept,
-            Err(error) => {
-                tracing::error!("{id} cannot be taken over, it is ended: {}", with_causes(&error));
-                self.discard(generation);
-                return;
-            }
-        };
-        if kept.iter().any(|named| named.name == GIVEN_CONTROL) {
+        let Kept { channel, segments, rescued, word: _ } = kept.unwrap_or_default();
+        if rescued {
             let trouble = format!("the shim of {generation} was killed; the next handover gives the service a new one");
             self.last_trouble = Some(trouble);
-        }
-        let mut channel = None;
-        let mut segments = BTreeMap::new();
-        for NamedFd { name, fd } in kept {
-            if name == KEPT_CONTROL {
-                channel = SupervisorChannel::from_fd(fd).ok();
-            } else if let Some(index) = name.strip_prefix(KEPT_SEGMENT).and_then(|index| index.parse().ok()) {
-                segments.insert(index, fd);
-            } else if name.starts_with(MEMORY_FILE_PREFIX)
-                && let Some(index) = segment_index(fd.as_fd())
-            {
-                segments.insert(index, fd);
-            }
         }
         let is_owner = self.record.owner == Some(generation);
         if is_owner || self.segments.is_empty() {
@@ -107,9 +101,16 @@ impl Supervisor {
         self.members.insert(generation, member);
         if !running {
             // What it said of its state while nobody listened is still in the channel, and holds acknowledged writes.
-            self.own_word(generation);
+            self.name_owner(generation);
             self.read_all(generation);
             self.discard(generation);
+        }
+    }
+
+    /// Makes sure that the control word names a generation which owns already.
+    fn name_owner(&self, generation: Generation) {
+        if self.control.load().owner != generation.0 {
+            self.own_word(generation, false);
         }
     }
 
@@ -129,9 +130,9 @@ impl Supervisor {
         let others: Vec<Generation> = self.members.keys().copied().filter(|g| Some(*g) != owner).collect();
         let owner = owner.filter(|owner| self.members.contains_key(owner));
         if let Some(owner) = owner {
-            self.own_word(owner);
+            self.name_owner(owner);
             if self.members.get(&owner).is_some_and(Member::cooperates) {
-                self.resume(owner, open.map_or(0, |open| open.handover), open.and_then(|open| open.connections));
+                self.resume(owner, open.map_or(0, |open| open.handover));
             }
         }
         for generation in others {
@@ -149,10 +150,10 @@ impl Supervisor {
     /// The handover that was open when the last supervisor died. What was promoted stays: the new owner serves, and with
     /// the supervisor the values before were lost, so it cannot be compared any more.
     fn report_open(&self, open: &OpenHandover) -> HandoverReport {
-        let verdict = if open.promoted { Verdict::Committed } else { Verdict::Aborted };
-        let reason = match verdict {
-            Verdict::Committed => "the agent died after PROMOTE; kept without being verified",
-            _ => "the agent died before PROMOTE",
+        let (verdict, reason) = match (open.promoted, open.rolled_back) {
+            (true, _) => (Verdict::Committed, "the agent died after PROMOTE; kept without being verified"),
+            (false, true) => (Verdict::RolledBack, "the agent died as it went back"),
+            (false, false) => (Verdict::Aborted, "the agent died before PROMOTE"),
         };
         HandoverReport {
             id: open.handover,
@@ -180,13 +181,13 @@ impl Supervisor {
     }
 
     /// Gives the owner a control page that this process can write, and tells it to serve: it may have stopped for a
-    /// handover that nobody finishes now. An owner that serves already takes this as a repetition; one that was made owner
-    /// and never heard of it keeps the `connections` that were handed over to it.
-    fn resume(&mut self, owner: Generation, handover: u64, connections: Option<u64>) {
+    /// handover that nobody finishes now. An owner that serves already takes this as a repetition.
+    fn resume(&mut self, owner: Generation, handover: u64) {
+        self.keep_page(owner);
         let result = self
-            .tell(owner, &ToService::ControlPage, &[self.control.as_fd()])
+            .tell(owner, &ToService::ControlPage, &[self.control.as_fd(), self.lifeline.0.as_fd()])
             .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
-            .and_then(|()| self.tell_own(owner, handover, None, connections, false))
+            .and_then(|()| self.tell_own(owner, handover, None, None, false))
             .and_then(|()| self.await_owned(owner, handover));
         match result {
             Ok(connections) => tracing::info!("{owner} of {} serves {connections} connections", self.service()),
@@ -195,5 +196,51 @@ impl Supervisor {
                 self.discard(owner);
             }
         }
+    }
+
+    /// For the supervisor after this one.
+    fn keep_page(&self, owner: Generation) {
+        let page = self.control.as_fd().try_clone_to_owned();
+        let page = page.map_err(|source| HandoverError::System { action: "duplicate the control page", source });
+        let kept = page.and_then(|fd| {
+            let name = KEPT_PAGE.to_owned();
+            self.backend.keep_fd(&self.container(owner), NamedFd { name, fd }).map_err(HandoverError::from)
+        });
+        if let Err(error) = kept {
+            tracing::warn!("the control page of {owner} is not kept: {}", with_causes(&error));
+        }
+    }
+}
+
+/// What was kept for a container, by what it is.
+#[derive(Default)]
+struct Kept {
+    channel: Option<SupervisorChannel>,
+    segments: BTreeMap<u64, OwnedFd>,
+    word: Option<ControlWord>,
+    /// Taken from the container itself.
+    rescued: bool,
+}
+
+impl Kept {
+    fn sort(fds: Vec<NamedFd>) -> Self {
+        let mut kept = Self::default();
+        for NamedFd { name, fd } in fds {
+            if name == KEPT_CONTROL {
+                kept.channel = SupervisorChannel::from_fd(fd).ok();
+            } else if name == GIVEN_CONTROL {
+                kept.rescued = true;
+            } else if let Some(index) = name.strip_prefix(KEPT_SEGMENT).and_then(|index| index.parse().ok()) {
+                kept.segments.insert(index, fd);
+            } else if name == KEPT_PAGE || name.starts_with(MEMORY_FILE_PREFIX) {
+                if let Some(index) = segment_index(fd.as_fd()) {
+                    kept.segments.insert(index, fd);
+                } else if let Ok(page) = ControlView::map(fd.as_fd()) {
+                    // A process holds one, or for a moment the one before as well.
+                    kept.word = kept.word.into_iter().chain([page.load()]).max_by_key(|word| word.epoch);
+                }
+            }
+        }
+        kept
     }
 }

@@ -6,6 +6,7 @@
 //! Not here: the order of a handover (`protocol.rs`) and taking over from a predecessor (`recovery.rs`).
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::io::{PipeReader, PipeWriter};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use crate::member::{Greeting, Member, MemberStatus, Role};
 pub(crate) const KEPT_CONTROL: &str = "control";
 /// Name of the container's own end.
 pub(crate) const GIVEN_CONTROL: &str = "control-of-container";
+pub(crate) const KEPT_PAGE: &str = "control-page";
 pub(crate) const KEPT_SEGMENT: &str = "segment-";
 
 /// Most segments one service may have at a time; with the usual 16 MiB segments this is 64 GiB.
@@ -72,7 +74,8 @@ pub struct Supervisor {
     pub(crate) journal: Journal,
     pub(crate) members: BTreeMap<Generation, Member>,
     pub(crate) control: ControlPage,
-    pub(crate) epoch: u32,
+    /// Generations hold the reading end: when this process dies, the one that the control word names serves by itself.
+    pub(crate) lifeline: (PipeReader, PipeWriter),
     /// The state of the service: one duplicate of every living segment, for followers to come.
     pub(crate) segments: BTreeMap<u64, OwnedFd>,
     /// Cookies of the connections that followers hold duplicates of.
@@ -136,7 +139,7 @@ impl Supervisor {
             journal,
             members: BTreeMap::new(),
             control: ControlPage::create()?,
-            epoch: 0,
+            lifeline: std::io::pipe().map_err(|source| HandoverError::System { action: "make a pipe", source })?,
             segments: BTreeMap::new(),
             connections: HashSet::new(),
             notices: VecDeque::new(),
@@ -255,9 +258,9 @@ impl Supervisor {
     }
 
     /// Publishes a new owner in the control word.
-    pub(crate) fn own_word(&mut self, generation: Generation) {
-        self.epoch = self.epoch.wrapping_add(1);
-        self.control.store(ControlWord { epoch: self.epoch, owner: generation.0 });
+    pub(crate) fn own_word(&self, generation: Generation, orderly: bool) {
+        let epoch = self.control.load().epoch.wrapping_add(1);
+        self.control.store(ControlWord { epoch, owner: generation.0, orderly });
     }
 
     pub(crate) fn set_role(&mut self, generation: Generation, role: Role) {
@@ -470,7 +473,7 @@ impl Supervisor {
         let message = ToService::Welcome { service, generation: from.0, owner: false };
         let member = self.members.get_mut(&from)?;
         member.greeting = Some(greeting);
-        match member.channel.send(&message, &[self.control.as_fd()]) {
+        match member.channel.send(&message, &[self.control.as_fd(), self.lifeline.0.as_fd()]) {
             Ok(()) => None,
             Err(error) => Some(Notice::Failed { what: with_causes(&error) }),
         }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
+use std::io::{PipeReader, PipeWriter};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -18,6 +19,7 @@ struct Stage<S> {
     service: Service<S>,
     channel: SupervisorChannel,
     page: ControlPage,
+    lifeline: (PipeReader, PipeWriter),
     epoch: u32,
 }
 
@@ -26,10 +28,11 @@ impl<S: State> Stage<S> {
         let (mut channel, theirs) = SupervisorChannel::pair().unwrap();
         let page = ControlPage::create().unwrap();
         let welcome = ToService::Welcome { service: "test".into(), generation: 5, owner: false };
-        channel.send(&welcome, &[page.as_fd()]).unwrap();
+        let lifeline = std::io::pipe().unwrap();
+        channel.send(&welcome, &[page.as_fd(), lifeline.0.as_fd()]).unwrap();
         let service = Service::with_channel(state, Vec::new(), theirs).unwrap();
         assert!(matches!(channel.try_recv().unwrap().unwrap().0, ToSupervisor::Hello { .. }));
-        Self { service, channel, page, epoch: 0 }
+        Self { service, channel, page, lifeline, epoch: 0 }
     }
 
     fn owning(state: S) -> Self {
@@ -45,13 +48,18 @@ impl<S: State> Stage<S> {
         self.channel.send(message, &[]).unwrap();
     }
 
-    fn word(&mut self, owner: u32) {
+    fn word(&mut self, owner: u32, orderly: bool) {
         self.epoch += 1;
-        self.page.store(ControlWord { epoch: self.epoch, owner });
+        self.page.store(ControlWord { epoch: self.epoch, owner, orderly });
+    }
+
+    /// The supervisor dies. Its end of the channel is kept elsewhere.
+    fn supervisor_dies(&mut self) {
+        self.lifeline = std::io::pipe().unwrap();
     }
 
     fn own(&mut self, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
-        self.word(5);
+        self.word(5, false);
         self.tell(&ToService::Own { handover: 9, commit, connections_open, follow });
     }
 
@@ -72,6 +80,18 @@ impl<S: State> Stage<S> {
         let cookie = self.service.connection_opened(fd.as_fd(), 0).unwrap();
         (client, fd, cookie)
     }
+
+    /// A connection that the owner serves and this follower hears of.
+    fn follow_connection(&mut self) -> (TcpStream, u64) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let fd = OwnedFd::from(listener.accept().unwrap().0);
+        let cookie = socket_cookie(fd.as_fd()).unwrap();
+        let record =
+            ConnectionRecord { cookie, listener: String::new(), carry: Vec::new(), attached: true, more: false };
+        self.channel.send(&ToService::Connections { records: vec![record] }, &[fd.as_fd()]).unwrap();
+        (client, cookie)
+    }
 }
 
 fn carries(messages: &[ToSupervisor]) -> Vec<(u64, usize)> {
@@ -90,7 +110,7 @@ fn only_the_generation_of_the_control_word_may_write() {
     assert!(!stage.service.may_write(), "before the message was read");
     stage.events();
     assert!(stage.service.may_write());
-    stage.word(6);
+    stage.word(6, true);
     assert!(!stage.service.may_write(), "the word names somebody else");
 }
 
@@ -169,13 +189,72 @@ fn connections_of_an_owner_that_died_are_closed() {
     stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
     stage.events();
     stage.service.yielded(Vec::new()).unwrap();
-    stage.word(6);
+    stage.word(6, true);
     stage.own(None, None, false);
     let events = stage.events();
     assert!(
         matches!(events[..], [Event::ConnectionClosed { cookie: of }, Event::BecomeOwner { .. }] if of == cookie),
         "{events:?}"
     );
+}
+
+#[test]
+fn who_yielded_serves_again_when_the_supervisor_dies_before_it_named_another() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    stage.said();
+    assert!(stage.events().is_empty(), "the supervisor lives");
+    assert!(stage.service.wake_within().is_some(), "nothing else would wake it");
+    stage.supervisor_dies();
+    let events = stage.events();
+    assert!(
+        matches!(&events[..], [Event::ConnectionCarry { cookie: of, carry }, Event::BecomeOwner { handover: 10 }]
+            if *of == cookie && carry == &[7; 3]),
+        "{events:?}"
+    );
+    stage.service.serving().unwrap();
+    assert!(stage.service.may_write());
+    // The next supervisor makes sure.
+    stage.tell(&ToService::Own { handover: 10, commit: None, connections_open: None, follow: false });
+    assert!(stage.events().is_empty());
+    let owned = ToSupervisor::Owned { handover: 10, connections: 1 };
+    assert_eq!(stage.said(), [owned.clone(), owned]);
+}
+
+#[test]
+fn who_yielded_stays_quiet_when_the_supervisor_dies_after_it_named_another() {
+    let mut stage = Stage::owning(NoState);
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(Vec::new()).unwrap();
+    stage.word(6, true);
+    stage.supervisor_dies();
+    assert!(stage.events().is_empty());
+    assert!(!stage.service.is_owner());
+}
+
+#[test]
+fn who_was_named_serves_with_its_connections_though_the_supervisor_died_before_it_said_so() {
+    for orderly in [true, false] {
+        let mut stage = Stage::new(NoState);
+        let (_client, cookie) = stage.follow_connection();
+        assert!(matches!(stage.events()[..], [Event::ConnectionArrived { .. }]));
+        stage.word(5, orderly);
+        assert!(stage.events().is_empty(), "the supervisor lives and will say so");
+        stage.supervisor_dies();
+        let events = stage.events();
+        match orderly {
+            true => assert!(matches!(events[..], [Event::BecomeOwner { .. }]), "{events:?}"),
+            // Its predecessor died with whatever it had read.
+            false => assert!(
+                matches!(events[..], [Event::ConnectionClosed { cookie: of }, Event::BecomeOwner { .. }] if of == cookie),
+                "{events:?}"
+            ),
+        }
+    }
 }
 
 #[test]

@@ -20,6 +20,10 @@ pub const DESCRIPTORS_MAX: usize = 253;
 /// How long [`Channel::send`] waits for room before it gives up.
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Room for messages that wait for the other side, bytes; the kernel doubles it and takes about 1 KiB a message. While
+/// no agent runs, a service announces its new segments here; should it die then, those that did not fit would be lost.
+const WAITING_LEN: libc::c_int = 1 << 20;
+
 /// Why a message was not sent or received. Except for [`Full`](Self::Full), [`TooLong`](Self::TooLong) and
 /// [`TooManyDescriptors`](Self::TooManyDescriptors) the conversation should be given up.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +82,10 @@ impl<Out: Message, In: Message> Channel<Out, In> {
         sys::check(result).map_err(system("create"))?;
         // SAFETY: both were just created and nobody else owns them.
         let [a, b] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        for end in [&a, &b] {
+            // Only root may ask for more than the host's default. Without it there is room for some hundred messages.
+            let _ = set_socket_option(end.as_fd(), libc::SO_SNDBUFFORCE, WAITING_LEN);
+        }
         Ok((Self::wrap(a), Channel::wrap(b)))
     }
 
@@ -303,6 +311,13 @@ fn take_descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
         }
     }
     taken
+}
+
+fn set_socket_option(fd: BorrowedFd<'_>, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointer refers to a local of the stated size that outlives the call.
+    sys::check(unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), len) })
+        .map(drop)
 }
 
 fn socket_option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {

@@ -2,13 +2,14 @@
 //!
 //! Only the supervisor can write it; services map it read-only and look at it before every externally visible write,
 //! which costs one load. Not for waking anybody: a process learns that it became owner by a message; the word is
-//! what makes a stale owner harmless.
+//! what makes a stale owner harmless. It is also what holds when the supervisor dies between any two steps: the
+//! process that it names goes on by itself, and the next supervisor begins with it.
 //!
 //! ```text
-//!  byte 0         8                                16                 4096
-//!  ┌──────────────┬────────────────────────────────┬──────────────────┐
-//!  │ magic        │ epoch:32 (high) | owner:32     │ zero             │   memfd, 4096 bytes,
-//!  └──────────────┴────────────────────────────────┴──────────────────┘   sealed FUTURE_WRITE|SHRINK|GROW|SEAL
+//!  byte 0         8                                            16                 4096
+//!  ┌──────────────┬────────────────────────────────────────────┬──────────────────┐
+//!  │ magic        │ epoch:32 (high) | orderly:1 | owner:31     │ zero             │   memfd, 4096 bytes,
+//!  └──────────────┴────────────────────────────────────────────┴──────────────────┘   sealed FUTURE_WRITE|SHRINK|GROW|SEAL
 //! ```
 
 use crate::sync::{AtomicU64, Ordering};
@@ -19,17 +20,22 @@ pub struct ControlWord {
     pub epoch: u32,
     /// Generation number of the owner, 0 for nobody.
     pub owner: u32,
+    /// The owner before yielded, and everything it had reached this one: connections may go on. Not so when an owner
+    /// died, or was ended, with whatever it had read and not answered.
+    pub orderly: bool,
 }
+
+const OWNER_MAX: u32 = u32::MAX >> 1;
 
 impl ControlWord {
     #[must_use]
     pub const fn to_bits(self) -> u64 {
-        (self.epoch as u64) << 32 | self.owner as u64
+        (self.epoch as u64) << 32 | (self.orderly as u64) << 31 | (self.owner & OWNER_MAX) as u64
     }
 
     #[must_use]
     pub const fn from_bits(bits: u64) -> Self {
-        Self { epoch: (bits >> 32) as u32, owner: bits as u32 }
+        Self { epoch: (bits >> 32) as u32, owner: bits as u32 & OWNER_MAX, orderly: bits as u32 > OWNER_MAX }
     }
 }
 
@@ -98,7 +104,7 @@ mod page {
     }
 
     /// The supervisor's side. After a restart of the supervisor the old page cannot be made writable again: create a new
-    /// one with the same word and send it with `ToService::ControlPage`.
+    /// one with the same word, to the epoch, and send it with `ToService::ControlPage`.
     #[derive(Debug)]
     pub struct ControlPage {
         fd: OwnedFd,
@@ -140,6 +146,8 @@ mod page {
     #[derive(Debug)]
     pub struct ControlView {
         map: Mapping,
+        /// Held for a supervisor that has lost every other (see `WARMSWAP_RESCUE_FD`).
+        _fd: OwnedFd,
     }
 
     impl ControlView {
@@ -158,7 +166,7 @@ mod page {
             if unsafe { map.as_ptr().cast::<u64>().read_volatile() } != MAGIC {
                 return Err(ControlError::Foreign { why: "the magic differs" });
             }
-            Ok(Self { map })
+            Ok(Self { map, _fd: fd.try_clone_to_owned().map_err(system("duplicate"))? })
         }
 
         #[must_use]
@@ -175,9 +183,12 @@ mod page {
         fn a_view_sees_what_the_page_stores_and_nobody_else_can_write() {
             let page = ControlPage::create().unwrap();
             let view = ControlView::map(page.as_fd()).unwrap();
-            assert_eq!(view.load(), ControlWord { epoch: 0, owner: 0 });
-            page.store(ControlWord { epoch: 7, owner: u32::MAX });
-            assert_eq!(view.load(), ControlWord { epoch: 7, owner: u32::MAX });
+            assert_eq!(view.load(), ControlWord::default());
+            for orderly in [false, true] {
+                let word = ControlWord { epoch: u32::MAX, owner: u32::MAX >> 1, orderly };
+                page.store(word);
+                assert_eq!(view.load(), word);
+            }
             let writable = Mapping::new(page.as_fd(), PAGE_LEN, true).expect_err("a second writable mapping");
             assert_eq!(writable.raw_os_error(), Some(libc::EPERM));
         }

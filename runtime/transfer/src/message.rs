@@ -88,10 +88,11 @@ pub struct ConnectionRecord {
 /// From the supervisor to a process of the service.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 pub enum ToService {
-    /// Answer to `Hello`. One descriptor: the control page. `owner`: this process owns the service from the start (its
+    /// Answer to `Hello`. Two descriptors: the control page, and the reading end of a pipe whose other end closes when
+    /// the supervisor dies. `owner`: this process owns the service from the start (its
     /// first generation); it behaves as if `Own` with no commit had followed.
     Welcome { service: String, generation: u32, owner: bool },
-    /// One descriptor: a control page that replaces the one before (the supervisor was restarted).
+    /// Two descriptors as with `Welcome`, which replace the ones before (the supervisor was restarted).
     ControlPage,
     /// One descriptor: segment `index` of the state log.
     Segment { index: u64 },
@@ -114,9 +115,11 @@ pub enum ToService {
     /// `Follow{on}`, but the other process already holds every connection: send changes only.
     ///
     /// A process that yielded and is told to own again takes back what it carried over when the control word is what
-    /// it was at `Yielded` (nobody served since). Otherwise, when `connections_open` is `None`, an owner died with
-    /// whatever it had read and not answered: connections are closed, because a client can deal with an end but not
-    /// with an answer that never comes.
+    /// it was at `Yielded` (nobody served since). Otherwise, when `connections_open` is `None` and the word is not
+    /// `orderly`, an owner died with whatever it had read and not answered: connections are closed, because a client can
+    /// deal with an end but not with an answer that never comes.
+    ///
+    /// A process that the word names when the supervisor dies behaves as if `Own` without commit and number had come.
     Own { handover: u64, commit: Option<Commit>, connections_open: Option<u64>, follow: bool },
     /// Finish within `drain_ms` milliseconds, answer `Drained` and exit.
     Retire { drain_ms: u64 },
@@ -212,7 +215,8 @@ impl Message for ToService {
 
     fn descriptors(&self) -> usize {
         match self {
-            Self::Welcome { .. } | Self::ControlPage | Self::Segment { .. } => 1,
+            Self::Welcome { .. } | Self::ControlPage => 2,
+            Self::Segment { .. } => 1,
             Self::Connections { records } => attached(records),
             _ => 0,
         }

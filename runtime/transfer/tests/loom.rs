@@ -62,13 +62,13 @@ fn an_heir_that_reads_the_control_word_sees_all_that_the_owner_published() {
     // Owner: append, publish, yield (a message; here the word 2 stored by the supervisor after the join of the message).
     loom::model(|| {
         let memory = Arc::new(Memory::new());
-        let word = Arc::new(ControlCell::new(ControlWord { epoch: 1, owner: 1 }));
+        let word = Arc::new(ControlCell::new(ControlWord { epoch: 1, owner: 1, orderly: true }));
         let handover = {
             let (memory, word) = (Arc::clone(&memory), Arc::clone(&word));
             thread::spawn(move || {
                 memory.write(0, 10);
                 memory.commit.publish(1);
-                word.store(ControlWord { epoch: 2, owner: 2 });
+                word.store(ControlWord { epoch: 2, owner: 2, orderly: true });
             })
         };
         let heir = {
@@ -91,7 +91,7 @@ fn an_heir_that_reads_the_control_word_sees_all_that_the_owner_published() {
 fn at_no_time_do_two_processes_both_find_themselves_owner_after_the_yield() {
     // The old owner stops before the word changes (it yields) and asks the word before it writes; the new one asks too.
     loom::model(|| {
-        let word = Arc::new(ControlCell::new(ControlWord { epoch: 1, owner: 1 }));
+        let word = Arc::new(ControlCell::new(ControlWord { epoch: 1, owner: 1, orderly: true }));
         let visible = Arc::new(UnsafeCell::new(0_u32));
         let new = {
             let (word, visible) = (Arc::clone(&word), Arc::clone(&visible));
@@ -107,7 +107,7 @@ fn at_no_time_do_two_processes_both_find_themselves_owner_after_the_yield() {
             visible.with_mut(|visible| unsafe { *visible += 1 });
         }
         // Yielded, read by the supervisor:
-        word.store(ControlWord { epoch: 2, owner: 2 });
+        word.store(ControlWord { epoch: 2, owner: 2, orderly: true });
         new.join().unwrap();
     });
 }

@@ -9,6 +9,7 @@
 )]
 
 use std::collections::{BTreeMap, HashSet};
+use std::io::{PipeReader, PipeWriter};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -48,6 +49,8 @@ pub struct Times {
 pub struct Mini {
     listener: TcpListener,
     page: ControlPage,
+    /// Lives as long as this supervisor.
+    lifeline: (PipeReader, PipeWriter),
     epoch: u32,
     generation: u32,
     round: u64,
@@ -63,10 +66,12 @@ impl Mini {
     pub fn start(program: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let page = ControlPage::create().unwrap();
-        let owner = spawn(program, &listener, &page, 1);
+        let lifeline = std::io::pipe().unwrap();
+        let owner = spawn(program, &listener, [page.as_fd(), lifeline.0.as_fd()], 1);
         let mut mini = Self {
             listener,
             page,
+            lifeline,
             epoch: 0,
             generation: 1,
             round: 0,
@@ -88,7 +93,11 @@ impl Mini {
 
     fn own(&mut self, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
         self.epoch += 1;
-        self.page.store(ControlWord { epoch: self.epoch, owner: self.owner.generation });
+        self.page.store(ControlWord {
+            epoch: self.epoch,
+            owner: self.owner.generation,
+            orderly: connections_open.is_some(),
+        });
         self.tell_own(commit, connections_open, follow);
     }
 
@@ -100,7 +109,7 @@ impl Mini {
     /// WARM and SYNC: a follower that has everything.
     pub fn add_follower(&mut self, program: &str) {
         self.generation += 1;
-        let follower = spawn(program, &self.listener, &self.page, self.generation);
+        let follower = spawn(program, &self.listener, [self.page.as_fd(), self.lifeline.0.as_fd()], self.generation);
         self.drain_owner();
         for (index, fd) in &self.segments {
             follower.channel.send(&ToService::Segment { index: *index }, &[fd.as_fd()]).unwrap();
@@ -265,7 +274,7 @@ impl Mini {
 }
 
 /// Starts a program as the agent does: listener as descriptor 3, control channel as 4.
-fn spawn(program: &str, listener: &TcpListener, page: &ControlPage, generation: u32) -> Member {
+fn spawn(program: &str, listener: &TcpListener, welcome_fds: [BorrowedFd<'_>; 2], generation: u32) -> Member {
     let (mut channel, theirs) = SupervisorChannel::pair().unwrap();
     let theirs = theirs.into_fd();
     let (listener, control) = (listener.as_raw_fd(), theirs.as_raw_fd());
@@ -293,7 +302,7 @@ fn spawn(program: &str, listener: &TcpListener, page: &ControlPage, generation: 
     let hello = channel.recv_timeout(PATIENCE).unwrap().expect("Hello").0;
     assert!(matches!(hello, ToSupervisor::Hello { schema_written: 1, .. }), "{hello:?}");
     let welcome = ToService::Welcome { service: "test".into(), generation, owner: false };
-    channel.send(&welcome, &[page.as_fd()]).unwrap();
+    channel.send(&welcome, &welcome_fds).unwrap();
     let ready = channel.recv_timeout(PATIENCE).unwrap().expect("Ready").0;
     assert_eq!(ready, ToSupervisor::Ready);
     Member { child, channel, generation }

@@ -3,27 +3,19 @@
 use std::collections::hash_map::Entry;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use warmswap_transfer::control::ControlWord;
 use warmswap_transfer::message::{CARRY_LEN_MAX, ConnectionRecord, ToSupervisor, socket_cookie, split_connections};
 use warmswap_transfer::state::State;
 
-use super::{Event, Known, RESEND_PER_POLL, Role, SdkError, Service, Yielded};
+use super::{Event, Known, RESEND_PER_POLL, Role, SdkError, Service};
 
 impl<S: State> Service<S> {
     /// What becomes of connections whose owner did not hand them over in order; see `ToService::Own`.
     pub(super) fn settle_connections(&mut self, connections_open: Option<u64>) {
         let yielded = self.yielded.take();
-        if connections_open.is_some() {
-            return; // the owner before yielded in order, with carries of its own
-        }
-        let generation = self.generation();
-        let resumes = |yielded: &Yielded| {
-            self.link.as_ref().is_some_and(|link| {
-                let word = link.page.load();
-                word == yielded.word
-                    || (yielded.page_replaced && yielded.word.owner == generation && word.owner == generation)
-            })
-        };
-        match yielded.filter(resumes) {
+        let word = self.link.as_ref().map_or_else(ControlWord::default, |link| link.page.load());
+        match yielded.filter(|yielded| word == yielded.word && connections_open.is_none()) {
+            // Nobody served since.
             Some(yielded) => {
                 for (cookie, carry) in yielded.carry {
                     if self.connections.contains_key(&cookie) {
@@ -32,6 +24,8 @@ impl<S: State> Service<S> {
                     }
                 }
             }
+            // The owner before yielded in order, with carries of its own.
+            None if connections_open.is_some() || word.orderly => {}
             None => {
                 for cookie in self.connections.keys().copied().collect::<Vec<_>>() {
                     self.drop_connection(cookie);

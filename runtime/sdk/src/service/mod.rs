@@ -89,6 +89,8 @@ enum Role {
 struct Link {
     channel: ServiceChannel,
     page: ControlView,
+    /// Closed at the other end when the supervisor dies.
+    supervisor: OwnedFd,
     generation: u32,
     lost: bool,
 }
@@ -102,12 +104,20 @@ struct Known {
     listener: String,
 }
 
+impl Link {
+    fn supervisor_is_dead(&self) -> bool {
+        let mut entry = libc::pollfd { fd: self.supervisor.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one live entry. Nothing is ever written, so whatever is reported is the end of the other side.
+        unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
+    }
+}
+
 /// What this process carried over when it yielded, in case nobody takes it up.
 #[derive(Debug)]
 struct Yielded {
+    handover: u64,
     carry: HashMap<u64, Vec<u8>>,
     word: ControlWord,
-    page_replaced: bool,
 }
 
 /// See the crate's documentation.
@@ -181,10 +191,12 @@ impl<S: State> Service<S> {
         let ToService::Welcome { service: _, generation, owner } = welcome else {
             return Err(SdkError::Unexpected { got: name_of(&welcome) });
         };
-        // The channel has checked that the one descriptor is there.
-        let page = fds.first().ok_or(SdkError::Unexpected { got: "Welcome without a page" })?;
+        // The channel has checked that both descriptors are there.
+        let [page, supervisor] =
+            <[OwnedFd; 2]>::try_from(fds).map_err(|_| SdkError::Unexpected { got: "half a Welcome" })?;
         let page = ControlView::map(page.as_fd())?;
-        let mut service = Self::assemble(state, listeners, Some(Link { channel, page, generation, lost: false }));
+        let link = Link { channel, page, supervisor, generation, lost: false };
+        let mut service = Self::assemble(state, listeners, Some(link));
         if owner {
             service.own(0, None, None, false);
         }
@@ -267,7 +279,7 @@ impl<S: State> Service<S> {
             Some(Duration::ZERO)
         } else if !self.outbox.is_empty() {
             Some(RETRY_INTERVAL)
-        } else if self.role == Role::Follower && self.state.position().is_some() && !self.state_broken {
+        } else if self.role == Role::Follower && !self.state_broken {
             Some(FOLLOW_INTERVAL)
         } else {
             None
@@ -388,7 +400,7 @@ impl<S: State> Service<S> {
         self.role = Role::Follower;
         self.follow = false;
         let word = self.link.as_ref().map_or_else(ControlWord::default, |link| link.page.load());
-        self.yielded = Some(Yielded { carry: kept, word, page_replaced: false });
+        self.yielded = Some(Yielded { handover, carry: kept, word });
         let connections_open = self.connections.len() as u64;
         self.outbox.push(ToSupervisor::Yielded { handover, commit, connections_open }, Vec::new());
         let Some(link) = self.link.as_ref() else { return Ok(()) };
@@ -428,11 +440,25 @@ impl<S: State> Service<S> {
     fn work(&mut self) -> Result<(), SdkError> {
         if self.role == Role::Follower {
             self.follow_log();
+            self.outlive_supervisor();
         }
         self.send_some_connections()?;
         self.send_changes()?;
         self.answer_caught_up()?;
         self.flush()
+    }
+
+    /// A supervisor that dies in the blackout leaves a process that yielded, or was to become owner and never heard of it.
+    /// The one that the control word names serves: nobody can change the word any more, and the next supervisor begins
+    /// with the process that it names.
+    fn outlive_supervisor(&mut self) {
+        let Some(link) = self.link.as_ref().filter(|link| !link.lost && !self.state_broken) else { return };
+        if link.page.load().owner == link.generation && link.supervisor_is_dead() {
+            let handover = self.yielded.as_ref().map_or(0, |yielded| yielded.handover);
+            self.own(handover, None, None, false);
+            // Said once, as with the log.
+            self.state_broken = self.role == Role::Follower;
+        }
     }
 
     fn follow_log(&mut self) {
@@ -450,11 +476,9 @@ impl<S: State> Service<S> {
         match message {
             ToService::Welcome { .. } => {}
             ToService::ControlPage => {
-                if let (Some(link), Some(fd)) = (self.link.as_mut(), fds.first()) {
-                    link.page = ControlView::map(fd.as_fd())?;
-                    if let Some(yielded) = &mut self.yielded {
-                        yielded.page_replaced = true;
-                    }
+                if let (Some(link), Ok([page, supervisor])) = (self.link.as_mut(), <[OwnedFd; 2]>::try_from(fds)) {
+                    link.page = ControlView::map(page.as_fd())?;
+                    link.supervisor = supervisor;
                 }
             }
             ToService::Segment { index } => {
