@@ -98,7 +98,10 @@ impl Drop for Host {
         }
         let _ = self.agent.wait();
         for folder in [&self.run_dir, &self.state_dir] {
-            if let Err(error) = std::fs::remove_dir_all(folder) {
+            // `stop --all` removes a run folder in which nothing else is.
+            if let Err(error) = std::fs::remove_dir_all(folder)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
                 eprintln!("{} stays behind: {error}", folder.display());
             }
         }
