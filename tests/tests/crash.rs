@@ -306,22 +306,56 @@ fn an_owner_that_dies_while_no_agent_runs_is_started_again_by_the_next_one() {
     store.finish().unwrap();
 }
 
-#[test]
-fn a_parked_generation_that_died_is_no_way_back() {
-    needs!("a_parked_generation_that_died_is_no_way_back", Requirement::Containers);
-    let store = start("scenario-parked", &LENIENT.replace("verify_s_min = 1", "verify_s_min = 20"));
+/// An update that is being verified, then `how` to the generation that would take back, then a rollback.
+fn assert_no_way_back(name: &'static str, how: i32, because: &str) {
+    let store = start(name, &LENIENT.replace("verify_s_min = 1", "verify_s_min = 20"));
     let mut client = store.client().unwrap();
     assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(1));
     let parked = store.pids(1).unwrap();
     let v2 = store.image("v2").unwrap();
     let update = store.begin_update(&["--image", &v2.to_string_lossy()], "verifying").unwrap();
-    parked.into_iter().for_each(kill);
-    let rollback = store.hand_over(&["rollback", "scenario-parked"]).unwrap();
+    parked.into_iter().for_each(|pid| signal(pid, how));
+    let rollback = store.hand_over(&["rollback", name]).unwrap();
     assert_eq!(rollback.verdict(), "committed", "{}", rollback.reason());
-    assert!(rollback.reason().contains("cannot take back"), "{}", rollback.reason());
+    assert!(rollback.reason().contains(because), "{}", rollback.reason());
     assert!(update.wait_with_output().unwrap().status.success());
     assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(2), "the same connection, the same state");
     assert_eq!(store.owner().unwrap(), 2);
     store.check_keys(KEYS).unwrap();
+    store.finish().unwrap();
+}
+
+#[test]
+fn a_parked_generation_that_died_is_no_way_back() {
+    needs!("a_parked_generation_that_died_is_no_way_back", Requirement::Containers);
+    assert_no_way_back("scenario-parked", libc::SIGKILL, "died and cannot take back");
+}
+
+#[test]
+fn a_parked_generation_that_hangs_is_no_way_back() {
+    needs!("a_parked_generation_that_hangs_is_no_way_back", Requirement::Containers);
+    assert_no_way_back("scenario-hung", libc::SIGSTOP, "has not kept up and cannot take back");
+}
+
+/// Its state is nowhere but in its shim, for as long as nobody can take its place.
+#[test]
+fn an_owner_that_died_is_succeeded_with_its_state_however_many_agents_that_takes() {
+    let name = "an_owner_that_died_is_succeeded_with_its_state_however_many_agents_that_takes";
+    needs!(name, Requirement::Containers);
+    let mut store = start("scenario-chain", LENIENT);
+    let (image, away) = (store.image("v1").unwrap(), store.ground().path("away"));
+    std::fs::rename(&image, &away).unwrap();
+    store.pids(1).unwrap().into_iter().for_each(kill);
+    for _ in 0..2 {
+        eventually("nobody can take its place", PATIENCE, || {
+            store.status().is_ok_and(|status| status["trouble"].as_str().is_some_and(|why| why.contains("image")))
+        });
+        store.kill_agent().unwrap();
+        store.start_agent().unwrap();
+    }
+    std::fs::rename(&away, &image).unwrap();
+    eventually("somebody else serves", PATIENCE, || store.owner().is_ok_and(|owner| owner > 1));
+    store.check_keys(KEYS).unwrap();
+    assert_updates(&store, "v2");
     store.finish().unwrap();
 }

@@ -1,7 +1,9 @@
 //! `warmswap stop`: end a service, or everything.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
@@ -11,6 +13,9 @@ use warmswap_model::ServiceName;
 use super::Here;
 use crate::client::Client;
 use crate::output::{say, say_json};
+
+/// How long an agent may take to end after its services have.
+const AGENT_END_MAX: Duration = Duration::from_secs(60);
 
 pub(super) fn stop(here: &Here, service: Option<&ServiceName>) -> Result<ExitCode> {
     match service {
@@ -26,15 +31,24 @@ pub(super) fn stop(here: &Here, service: Option<&ServiceName>) -> Result<ExitCod
 
 /// With an agent: it ends its services and itself. With or without: whatever is left of ours is removed.
 fn stop_all(here: &Here) -> Result<()> {
-    if let Ok(client) = Client::connect(&here.run_dir) {
-        let stopped = client.stop("/v1/stop");
-        client.wait_until_gone();
-        // Removing under the hands of an agent that lives would make it start its services again.
-        if Client::connect(&here.run_dir).is_ok() {
-            return stopped.and_then(|()| bail!("the agent has stopped its services but does not end"));
+    let began = Instant::now();
+    // Held to the end: removing under the hands of an agent, also one that just starts, would make it start its services
+    // again.
+    let lock = loop {
+        if let Ok(client) = Client::connect(&here.run_dir) {
+            client.stop("/v1/stop")?;
+            client.wait_until_gone();
         }
-    }
+        match lock_of_agent(&here.run_dir) {
+            Ok(lock) => break lock,
+            Err(()) if began.elapsed() > AGENT_END_MAX => bail!("the agent has stopped its services but does not end"),
+            Err(()) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    };
     let (removed, left) = purge(&here.run_dir)?;
+    if left.is_empty() && lock.is_some() {
+        remove_run_dir(&here.run_dir);
+    }
     if here.json {
         say_json(&json!({ "removed": removed, "left": left }))?;
     } else {
@@ -45,6 +59,12 @@ fn stop_all(here: &Here) -> Result<()> {
         bail!("some things could not be removed: {}", left.join(", "));
     }
     Ok(())
+}
+
+/// The lock of the run folder's agent; none when there has been no agent.
+fn lock_of_agent(run_dir: &Path) -> Result<Option<File>, ()> {
+    let Ok(file) = File::open(run_dir.join(LOCK_NAME)) else { return Ok(None) };
+    file.try_lock().map_err(drop).map(|()| Some(file))
 }
 
 /// Removes whatever an agent that was killed left behind; returns that, and what is still there.
@@ -60,28 +80,18 @@ pub(super) fn purge(run_dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
     for journal in std::fs::read_dir(&journals).into_iter().flatten().flatten() {
         std::fs::remove_file(journal.path())?;
     }
-    let left = warmswap_backend::leftovers(run_dir);
-    if left.is_empty() {
-        remove_run_dir(run_dir);
-    }
-    Ok((removed, left))
+    Ok((removed, warmswap_backend::leftovers(run_dir)))
 }
 
-/// Removes what is in the run folder of nobody: empty folders, the link to the state folder, the agent's lock. What
-/// somebody else put there stays.
+/// Removes what is in the run folder of nobody: empty folders, the link to the state folder, the agent's lock, which the
+/// caller holds. What somebody else put there stays.
 fn remove_run_dir(run_dir: &Path) {
-    let lock = run_dir.join(LOCK_NAME);
-    // Held until the end, so that an agent that starts meanwhile does not find half of it gone.
-    let held = std::fs::File::open(&lock);
-    if held.as_ref().is_ok_and(|file| file.try_lock().is_err()) {
-        return;
-    }
     for folder in ["journal", "containers", "netns"] {
         let _ = std::fs::remove_dir(run_dir.join(folder)); // fails when it is not empty, and then it is needed
     }
     if run_dir.join("state").is_symlink() {
         let _ = std::fs::remove_file(run_dir.join("state"));
     }
-    let _ = std::fs::remove_file(&lock);
+    let _ = std::fs::remove_file(run_dir.join(LOCK_NAME));
     let _ = std::fs::remove_dir(run_dir);
 }

@@ -177,9 +177,16 @@ async fn run(State(server): State<Server>, body: Bytes) -> Result<Json<ServiceSt
         let (file, folder) = parse_file(&request)?;
         let shared = &server.shared;
         let _starting = shared.start(&file.name)?;
+        let journal = shared.journal_path(&file.name);
+        if journal.exists() {
+            return Err(AgentError::Refused(format!(
+                "{} was left by an earlier agent and could not be taken over; the agent's log says why, `warmswap stop \
+                 --all` ends it",
+                file.name
+            )));
+        }
         let prepared = service::digest(shared, &file.image.resolved(&folder))?;
         let conditions = Arc::new(AgentConditions { shared: Arc::clone(shared) });
-        let journal = shared.journal_path(&file.name);
         let supervisor = Supervisor::start(Arc::clone(&shared.backend), conditions, file, folder, &journal)?;
         let handle = service::spawn(shared, supervisor, prepared.digest)?;
         shared.add(Arc::clone(&handle));

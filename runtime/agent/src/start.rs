@@ -21,16 +21,23 @@ use crate::service;
 use crate::shared::{AgentConfig, AgentError, Shared};
 use crate::{tick, trainer};
 
+/// How long an ending agent waits for those who read its answers.
+const LAST_ANSWERS_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT or the API). Services go on without it, unless the API
 /// said to stop them.
 ///
 /// # Errors
 /// When another agent serves in the same run folder, or the host lacks what nothing works without.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
-    for folder in [&config.run_dir, &config.state_dir, &config.run_dir.join("journal")] {
-        std::fs::create_dir_all(folder).map_err(|source| file_error("make the folder", folder, source))?;
-    }
+    let make =
+        |folder: &Path| std::fs::create_dir_all(folder).map_err(|source| file_error("make the folder", folder, source));
+    make(&config.run_dir)?;
+    make(&config.state_dir)?;
     let _only_one = lock_run_dir(&config.run_dir)?;
+    // What `warmswap stop --all` removes is made under the lock.
+    make(&config.run_dir.join("journal"))?;
+    raise_file_limit();
     let backend: Arc<dyn Backend> = Arc::new(EmbeddedBackend::new(EmbeddedConfig {
         run_dir: config.run_dir.clone(),
         state_dir: config.state_dir.clone(),
@@ -82,6 +89,16 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         let _ = thread.join(); // a thread that panicked has said so
     }
     served
+}
+
+/// A segment of state is a descriptor, and so is a connection on its way.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        tracing::warn!("the limit on open files stays as it is: {errno}");
+    }
 }
 
 fn load_sensor() -> Option<Sensor> {
@@ -148,14 +165,24 @@ fn serve(shared: &Arc<Shared>) -> Result<(), AgentError> {
         tracing::info!("serving on {}", socket.display());
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
             .map_err(system("watch for SIGTERM"))?;
+        let (ending, mut ends) = tokio::sync::watch::channel(false);
         let ended = async move {
             tokio::select! {
                 () = stop.notified() => {}
                 _ = terminate.recv() => {}
                 _ = tokio::signal::ctrl_c() => {}
             }
+            let _ = ending.send(true); // the other end lives as long as this block
         };
-        axum::serve(listener, router).with_graceful_shutdown(ended).await.map_err(system("serve the API"))
+        // Answers that are on their way arrive; a trace that somebody reads would never end.
+        let patience = async move {
+            let _ = ends.wait_for(|ends| *ends).await;
+            tokio::time::sleep(LAST_ANSWERS_TIME_MAX).await;
+        };
+        tokio::select! {
+            served = axum::serve(listener, router).with_graceful_shutdown(ended) => served.map_err(system("serve the API")),
+            () = patience => Ok(()),
+        }
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     remove_stale(&socket)?;

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! {"record":"service","file":{…},"folder":"/srv","next_generation":3,"owner":2,"previous_image":"images/v1"}
-//! {"record":"begin","handover":7,"from":2,"to":3,"image":"images/v3"}
+//! {"record":"begin","handover":7,"from":2,"to":3,"image":"images/v3","file":{…},"folder":"/srv"}
 //! {"record":"promoted","handover":7,"owner":3,"greeting":{…}}    <- the control word changes next
 //! {"record":"end","handover":7,"owner":3}
 //! ```
@@ -38,9 +38,24 @@ pub enum JournalError {
 #[serde(tag = "record", rename_all = "snake_case")]
 enum Record {
     Service(Box<ServiceRecord>),
-    Begin { handover: u64, from: Generation, to: Generation, image: ImageRef },
-    Promoted { handover: u64, owner: Generation, greeting: Option<Greeting> },
-    End { handover: u64, owner: Generation },
+    /// `file` and `folder` hold once `to` is promoted.
+    Begin {
+        handover: u64,
+        from: Generation,
+        to: Generation,
+        image: ImageRef,
+        file: Box<ServiceFile>,
+        folder: PathBuf,
+    },
+    Promoted {
+        handover: u64,
+        owner: Generation,
+        greeting: Option<Greeting>,
+    },
+    End {
+        handover: u64,
+        owner: Generation,
+    },
 }
 
 /// What stays true between handovers.
@@ -59,7 +74,7 @@ pub struct ServiceRecord {
 }
 
 /// A handover that was begun and not ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct OpenHandover {
     pub handover: u64,
     pub from: Generation,
@@ -73,6 +88,9 @@ pub struct OpenHandover {
     pub rolled_back: bool,
     /// What `from` and `to` said about themselves.
     greetings: [Option<Greeting>; 2],
+    /// The settings with which `to` was started.
+    pub file: Box<ServiceFile>,
+    pub folder: PathBuf,
 }
 
 #[derive(Debug)]
@@ -139,7 +157,7 @@ impl Journal {
             match (record, recovered.as_mut()) {
                 (Record::Service(service), _) => recovered = Some(Recovered { service: *service, open: None }),
                 (_, None) => return Err(damaged(number, "the first record is not of the service".into())),
-                (Record::Begin { handover, from, to, image }, Some(known)) => {
+                (Record::Begin { handover, from, to, image, file, folder }, Some(known)) => {
                     let from_image = known.service.image.clone();
                     known.open = Some(OpenHandover {
                         handover,
@@ -150,6 +168,8 @@ impl Journal {
                         promoted: false,
                         rolled_back: false,
                         greetings: [known.service.greeting.clone(), None],
+                        file,
+                        folder,
                     });
                     known.service.next_generation = known.service.next_generation.max(to.next());
                 }
@@ -179,8 +199,10 @@ impl Journal {
         from: Generation,
         to: Generation,
         image: &ImageRef,
+        service: &ServiceRecord,
     ) -> Result<(), JournalError> {
-        self.append(&Record::Begin { handover, from, to, image: image.clone() })?;
+        let (file, folder) = (Box::new(service.file.clone()), service.folder.clone());
+        self.append(&Record::Begin { handover, from, to, image: image.clone(), file, folder })?;
         self.file.sync_data().map_err(|source| JournalError::File { action: "sync", path: self.path.clone(), source })
     }
 
@@ -256,7 +278,7 @@ mod tests {
     #[test]
     fn a_begun_handover_is_found_open_until_it_ends() {
         let (_folder, path, mut journal) = fresh();
-        journal.begin(7, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.begin(7, Generation(1), Generation(2), &"v2".into(), &record()).unwrap();
         let read = Journal::read(&path).unwrap().unwrap();
         let open = OpenHandover {
             handover: 7,
@@ -267,6 +289,8 @@ mod tests {
             promoted: false,
             rolled_back: false,
             greetings: [None, None],
+            file: Box::new(record().file),
+            folder: "/srv".into(),
         };
         assert_eq!(read.open, Some(open));
         assert_eq!(read.service.owner, Some(Generation(1)));
@@ -291,7 +315,7 @@ mod tests {
         let greeting = |schema| Some(Greeting { schemas_read: vec![schema], schema_written: schema });
         let (_folder, path, mut journal) = fresh();
         journal.rewrite(&ServiceRecord { greeting: greeting(1), ..record() }).unwrap();
-        journal.begin(7, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.begin(7, Generation(1), Generation(2), &"v2".into(), &record()).unwrap();
         journal.promoted(7, Generation(2), greeting(2)).unwrap();
         let read = |owner| {
             let mut read = Journal::read(&path).unwrap().unwrap();
@@ -310,7 +334,7 @@ mod tests {
     #[test]
     fn every_cut_of_the_file_reads_as_a_prefix_of_its_records_or_is_refused() {
         let (_folder, path, mut journal) = fresh();
-        journal.begin(1, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.begin(1, Generation(1), Generation(2), &"v2".into(), &record()).unwrap();
         journal.promoted(1, Generation(2), None).unwrap();
         journal.end(1, Generation(2)).unwrap();
         let whole = std::fs::read(&path).unwrap();
@@ -329,7 +353,7 @@ mod tests {
     #[test]
     fn a_damaged_line_is_named() {
         let (_folder, path, mut journal) = fresh();
-        journal.begin(1, Generation(1), Generation(2), &"v2".into()).unwrap();
+        journal.begin(1, Generation(1), Generation(2), &"v2".into(), &record()).unwrap();
         journal.end(1, Generation(1)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap().replace("\"begin\"", "\"bigin\"");
         std::fs::write(&path, text).unwrap();

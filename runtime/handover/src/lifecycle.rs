@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use warmswap_backend::{ContainerSpec, ContainerState, Limits, NamedFd, PreparedImage};
+use warmswap_backend::{BackendError, ContainerSpec, ContainerState, Limits, NamedFd, PreparedImage};
 use warmswap_model::{Generation, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
@@ -58,7 +58,10 @@ impl Supervisor {
         self.record.next_generation = generation.next();
         let result = self.create(generation, image, limits).and_then(|()| self.await_ready(generation));
         if let Err(error) = result {
-            self.discard(generation);
+            // One that was there before is not ours to remove.
+            if !matches!(error, HandoverError::Backend(BackendError::ContainerExists { .. })) {
+                self.discard(generation);
+            }
             return Err(error);
         }
         Ok(generation)
@@ -246,14 +249,14 @@ impl Supervisor {
         let now = Instant::now();
         if let Some(owner) = self.owner() {
             let closed = self.members.get(&owner).is_some_and(|member| member.closed);
-            let running = || matches!(self.backend.state(&self.container(owner)), Ok(ContainerState::Running { .. }));
-            if !closed || running() {
+            if !closed || !self.is_dead(owner) {
                 return;
             }
             let reason = self.obituary(owner).reason;
             tracing::error!("{} lost its owner: {reason}; it is started again", self.service());
             self.last_trouble = Some(reason);
-            self.discard(owner);
+            self.members.remove(&owner);
+            self.fallen = Some(owner);
             self.connections.clear();
             if self.revived_at.is_none_or(|at| now.duration_since(at) >= STABLE_AFTER) {
                 self.revive_delay = REVIVE_DELAY_MIN;
@@ -278,6 +281,9 @@ impl Supervisor {
             });
         match revived {
             Ok(()) => {
+                if let Some(fallen) = self.fallen.take() {
+                    self.discard(fallen);
+                }
                 self.revive_at = None;
                 self.revived_at = Some(Instant::now());
                 self.last_trouble = None;

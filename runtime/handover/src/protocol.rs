@@ -14,7 +14,7 @@
 
 use std::time::{Duration, Instant};
 
-use warmswap_backend::ContainerState;
+use warmswap_backend::{BackendError, ContainerState};
 use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
     Rung, Trigger, Verdict, with_causes,
@@ -70,10 +70,14 @@ impl Supervisor {
         let result = self.phases(plan, &mut attempt);
         let (verdict, reason) = match result {
             Ok(()) => (Verdict::Committed, None),
-            // Going back would end the only generation that lives.
-            Err(stop) if attempt.promoted && self.is_dead(attempt.from) && !self.is_dead(attempt.to) => {
-                let kept =
-                    format!("{}; kept all the same, because {} died and cannot take back", stop.reason, attempt.from);
+            Err(stop) if attempt.promoted && !self.is_dead(attempt.to) && !self.can_take_back(&attempt) => {
+                // Going back would end the only generation that serves.
+                let kept = format!(
+                    "{}; kept all the same, because {} {} and cannot take back",
+                    stop.reason,
+                    attempt.from,
+                    if self.is_dead(attempt.from) { "died" } else { "has not kept up" }
+                );
                 let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
                 debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
                 (Verdict::Committed, Some(kept))
@@ -157,7 +161,7 @@ impl Supervisor {
             return Err(Stop::new(format!("{} has no generation that serves", self.service())));
         }
         self.journal
-            .begin(attempt.handover, attempt.from, attempt.to, &plan.image)
+            .begin(attempt.handover, attempt.from, attempt.to, &plan.image, &self.record)
             .map_err(|error| Stop::new(with_causes(&error)))?;
         let (from, to) = (attempt.from, attempt.to);
         let begun = Progress::Begun { handover: attempt.handover, from, to };
@@ -236,22 +240,27 @@ impl Supervisor {
 
     /// Asks the owner how far it is, then the follower to get there.
     fn catch_up_round(&mut self, from: Generation, to: Generation, deadline: Instant) -> Result<Option<Commit>, Stop> {
-        let both = [from, to];
-        let mut commit = None;
-        for side in both {
-            self.round += 1;
-            let round = self.round;
-            self.tell(side, &ToService::CaughtUp { round, commit }, &[])?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            let answer = self.wait_for("catch up", left, &both, |who, notice| match notice {
-                Notice::CaughtUp { round: of, commit, .. } if who == side && *of == round => Some(*commit),
-                _ => None,
-            })?;
-            if side == from {
-                commit = answer;
-            }
-        }
+        let commit = self.ask_caught_up(from, None, &[from, to], deadline)?;
+        self.ask_caught_up(to, commit, &[from, to], deadline)?;
         Ok(commit)
+    }
+
+    /// Where a generation is, once it has got to `commit`.
+    fn ask_caught_up(
+        &mut self,
+        side: Generation,
+        commit: Option<Commit>,
+        both: &[Generation],
+        deadline: Instant,
+    ) -> Result<Option<Commit>, Stop> {
+        self.round += 1;
+        let round = self.round;
+        self.tell(side, &ToService::CaughtUp { round, commit }, &[])?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.wait_for("catch up", left, both, |who, notice| match notice {
+            Notice::CaughtUp { round: of, commit, .. } if who == side && *of == round => Some(*commit),
+            _ => None,
+        })
     }
 
     /// The reservation stops being held and is the shadow's: CPUs, weight. Before QUIESCE, because a cgroup write may wait.
@@ -453,8 +462,12 @@ impl Supervisor {
         Err(Stop::new(format!("{generation} has missed news of the state and must not serve")))
     }
 
-    fn is_dead(&self, generation: Generation) -> bool {
-        !matches!(self.backend.state(&self.container(generation)), Ok(ContainerState::Running { .. }))
+    /// Known to be dead: one that cannot be asked about may live.
+    pub(crate) fn is_dead(&self, generation: Generation) -> bool {
+        matches!(
+            self.backend.state(&self.container(generation)),
+            Ok(ContainerState::Exited { .. }) | Err(BackendError::NoSuchContainer { .. })
+        )
     }
 
     fn commit(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
@@ -519,6 +532,22 @@ impl Supervisor {
                 self.tell_own(generation, attempt.handover, None, None, false)?;
                 self.await_owned(generation, attempt.handover).map(drop)
             }
+        }
+    }
+
+    /// Whether the old generation lives and knows what it must know. When it is the new one that does not answer, what
+    /// the old one was told has to do.
+    fn can_take_back(&mut self, attempt: &Attempt) -> bool {
+        let (from, to) = (attempt.from, attempt.to);
+        if attempt.rung < Rung::Fds || self.is_dead(from) {
+            return !self.is_dead(from);
+        }
+        let deadline = Instant::now() + HAND_BACK_TIME_MAX;
+        match self.ask_caught_up(to, None, &[from, to], deadline) {
+            Ok(commit) => {
+                self.informed(from).is_ok() && self.ask_caught_up(from, commit, &[from, to], deadline).is_ok()
+            }
+            Err(_) => self.informed(from).is_ok() && !self.is_dead(from),
         }
     }
 

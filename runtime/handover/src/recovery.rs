@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use warmswap_backend::{Backend, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
+use warmswap_backend::{Backend, BackendError, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
 use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::control::{ControlView, ControlWord};
@@ -34,22 +34,35 @@ impl Supervisor {
         let Some(mut recovered) = Journal::read(journal_path)? else { return Ok(None) };
         let service = recovered.service.file.name.clone();
         let found = backend.list()?.into_iter().filter(|container| container.spec.id.service == service);
-        let found: Vec<(FoundContainer, Option<Kept>)> = found
+        let found: Vec<(FoundContainer, Result<Kept, BackendError>)> = found
             .map(|container| {
-                let kept = backend.kept_fds(&container.spec.id).map(Kept::sort).inspect_err(|error| {
-                    tracing::error!("{} cannot be taken over, it is ended: {}", container.spec.id, with_causes(error));
-                });
-                (container, kept.ok())
+                let kept = backend.kept_fds(&container.spec.id).map(Kept::sort);
+                (container, kept)
             })
             .collect();
         // All of one supervisor's time hold the same page.
-        let words = found.iter().filter_map(|(_, kept)| kept.as_ref()?.word);
+        let words = found.iter().filter_map(|(_, kept)| kept.as_ref().ok()?.word);
         let word = words.max_by_key(|word| word.epoch).unwrap_or_default();
         recovered.believe(Generation(word.owner));
+        for (container, kept) in &found {
+            let (id, running) = (&container.spec.id, matches!(container.state, ContainerState::Running { .. }));
+            match kept {
+                // Another beside it would make two owners, and with another state.
+                Err(error) if running && recovered.service.owner == Some(id.generation) => {
+                    return Err(HandoverError::Refused(format!(
+                        "{id} serves and cannot be taken over: {}; it is left alone, `warmswap stop --all` ends it",
+                        with_causes(error)
+                    )));
+                }
+                Err(error) => tracing::error!("{id} cannot be taken over, it is ended: {}", with_causes(error)),
+                Ok(_) => {}
+            }
+        }
         let ground = backend.open_service(&service, &recovered.service.file.listen)?;
         let mut record = recovered.service;
         if let Some(open) = recovered.open.as_ref().filter(|open| open.promoted) {
             record.previous_image = Some(std::mem::replace(&mut record.image, open.image.clone()));
+            (record.file, record.folder) = ((*open.file).clone(), open.folder.clone());
         }
         for (container, _) in &found {
             record.next_generation = record.next_generation.max(container.spec.id.generation.next());
@@ -59,7 +72,7 @@ impl Supervisor {
         // To the epoch, so that a process sees whether anybody else owned in between.
         supervisor.control.store(word);
         for (container, kept) in found {
-            supervisor.adopt(&container, kept);
+            supervisor.adopt(&container, kept.unwrap_or_default());
         }
         let report = recovered.open.as_ref().map(|open| supervisor.report_open(open));
         supervisor.settle(recovered.open.as_ref());
@@ -67,12 +80,13 @@ impl Supervisor {
     }
 
     /// Takes up the conversation with one container, or ends it when there is none to take up.
-    fn adopt(&mut self, container: &FoundContainer, kept: Option<Kept>) {
+    fn adopt(&mut self, container: &FoundContainer, kept: Kept) {
         let id = container.spec.id.clone();
         let generation = id.generation;
-        let Kept { channel, segments, rescued, word: _ } = kept.unwrap_or_default();
+        let Kept { channel, segments, rescued, word: _ } = kept;
         if rescued {
-            let trouble = format!("the shim of {generation} was killed; the next handover gives the service a new one");
+            let trouble =
+                format!("the shim of {generation} was killed or hangs; the next handover gives the service a new one");
             self.last_trouble = Some(trouble);
         }
         let is_owner = self.record.owner == Some(generation);
@@ -103,7 +117,8 @@ impl Supervisor {
             // What it said of its state while nobody listened is still in the channel, and holds acknowledged writes.
             self.name_owner(generation);
             self.read_all(generation);
-            self.discard(generation);
+            self.members.remove(&generation);
+            self.fallen = Some(generation);
         }
     }
 
@@ -136,7 +151,9 @@ impl Supervisor {
             }
         }
         for generation in others {
-            self.discard(generation);
+            // What was replaced before may drain still; what was to replace, or is replaced by what was promoted, ends.
+            let drains = owner.is_some_and(|owner| generation < owner) && open.is_none_or(|o| o.from != generation);
+            if drains { self.retire(generation) } else { self.discard(generation) }
         }
         if self.owner().is_none() {
             self.last_trouble = Some("its owner died while no agent ran; it is started again".into());
@@ -191,9 +208,15 @@ impl Supervisor {
             .and_then(|()| self.await_owned(owner, handover));
         match result {
             Ok(connections) => tracing::info!("{owner} of {} serves {connections} connections", self.service()),
+            Err(stop) if self.is_dead(owner) => {
+                tracing::error!("{owner} of {} died as it was taken over: {}", self.service(), stop.reason);
+                self.members.remove(&owner);
+                self.fallen = Some(owner);
+            }
+            // The control word names it, so it serves as soon as it can.
             Err(stop) => {
-                tracing::error!("{owner} of {} does not answer, it is ended: {}", self.service(), stop.reason);
-                self.discard(owner);
+                tracing::error!("{owner} of {} does not answer: {}", self.service(), stop.reason);
+                self.last_trouble = Some(format!("{owner} does not answer: {}", stop.reason));
             }
         }
     }

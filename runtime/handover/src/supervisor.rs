@@ -82,6 +82,8 @@ pub struct Supervisor {
     pub(crate) connections: HashSet<u64>,
     pub(crate) notices: VecDeque<(Generation, Notice)>,
     pub(crate) round: u64,
+    /// An owner that died: its shim keeps the state until a successor owns.
+    pub(crate) fallen: Option<Generation>,
     pub(crate) revive_at: Option<Instant>,
     pub(crate) revive_delay: Duration,
     pub(crate) revived_at: Option<Instant>,
@@ -100,8 +102,9 @@ impl Supervisor {
         folder: PathBuf,
         journal_path: &Path,
     ) -> Result<Self, HandoverError> {
-        let image = file.image.clone();
-        let prepared = backend.prepare_image(&image.resolved(&folder))?;
+        // Resolved once: a later file may lie in another folder.
+        let image = file.image.resolved(&folder);
+        let prepared = backend.prepare_image(&image)?;
         let ground = backend.open_service(&file.name, &file.listen)?;
         let record = ServiceRecord {
             file,
@@ -144,6 +147,7 @@ impl Supervisor {
             connections: HashSet::new(),
             notices: VecDeque::new(),
             round: 0,
+            fallen: None,
             revive_at: None,
             revive_delay: REVIVE_DELAY_MIN,
             revived_at: None,
@@ -240,6 +244,9 @@ impl Supervisor {
                 let _ = self.backend.wait(&member.id, Duration::from_secs(5));
             }
             note(self.backend.destroy(&member.id).map_err(Into::into));
+        }
+        if let Some(fallen) = self.fallen.take() {
+            note(self.backend.destroy(&self.container(fallen)).map_err(Into::into));
         }
         self.members.clear();
         self.segments.clear();
@@ -473,10 +480,15 @@ impl Supervisor {
         let message = ToService::Welcome { service, generation: from.0, owner: false };
         let member = self.members.get_mut(&from)?;
         member.greeting = Some(greeting);
-        match member.channel.send(&message, &[self.control.as_fd(), self.lifeline.0.as_fd()]) {
-            Ok(()) => None,
-            Err(error) => Some(Notice::Failed { what: with_causes(&error) }),
+        if let Err(error) = member.channel.send(&message, &[self.control.as_fd(), self.lifeline.0.as_fd()]) {
+            return Some(Notice::Failed { what: with_causes(&error) });
         }
+        // It took so long to join that it was made owner as a program that does not know us.
+        if self.owner() == Some(from) && self.speaks_for_service(from) {
+            let told = self.send_segments(from).and_then(|_| self.tell_own(from, 0, None, None, false));
+            return told.err().map(|stop| Notice::Failed { what: stop.reason });
+        }
+        None
     }
 
     fn keep_segment(&mut self, index: u64, fds: Vec<OwnedFd>) -> Option<Notice> {

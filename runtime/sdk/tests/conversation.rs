@@ -232,8 +232,22 @@ fn who_yielded_stays_quiet_when_the_supervisor_dies_after_it_named_another() {
     stage.service.yielded(Vec::new()).unwrap();
     stage.word(6, true);
     stage.supervisor_dies();
-    assert!(stage.events().is_empty());
+    // For the one that was named, and for the clients whose connections it closes.
+    assert!(matches!(stage.events()[..], [Event::Retire { .. }]));
     assert!(!stage.service.is_owner());
+}
+
+#[test]
+fn an_owner_whose_supervisor_died_sends_connections_to_nobody() {
+    let mut stage = Stage::owning(NoState);
+    stage.tell(&ToService::Follow { on: true });
+    stage.events();
+    stage.supervisor_dies();
+    stage.events();
+    let (_client, _fd, _cookie) = stage.accept();
+    assert!(stage.events().is_empty());
+    let said = stage.said();
+    assert!(said.is_empty(), "{said:?}");
 }
 
 #[test]

@@ -421,8 +421,16 @@ impl Backend for EmbeddedBackend {
                     continue;
                 }
             };
-            // Destroyed since the folder was read.
-            let Ok(state) = self.state(&id) else { continue };
+            let state = match self.state(&id) {
+                Ok(state) => state,
+                // Destroyed since the folder was read.
+                Err(BackendError::NoSuchContainer { .. }) => continue,
+                // A shim that hangs, say. The container may live all the same.
+                Err(error) => {
+                    tracing::warn!(%id, %error, "judged by what its shim wrote down");
+                    self.state_without_shim(&id)
+                }
+            };
             let cgroup = self.group(&id).id().unwrap_or(CgroupId(0));
             found.push(FoundContainer { spec, state, cgroup });
         }
@@ -442,8 +450,18 @@ impl Backend for EmbeddedBackend {
     }
 
     fn kept_fds(&self, id: &ContainerId) -> Result<Vec<NamedFd>> {
+        self.must_exist(id)?;
+        self.ask_kept_fds(id).or_else(|error| {
+            tracing::warn!(%id, %error, "taken from the container itself");
+            self.rescue_fds(id)
+        })
+    }
+}
+
+impl EmbeddedBackend {
+    fn ask_kept_fds(&self, id: &ContainerId) -> Result<Vec<NamedFd>> {
         const ACTION: &str = "fetch the descriptors of";
-        let Some(shim) = self.connect(id)? else { return self.rescue_fds(id) };
+        let shim = self.connect_or_fail(ACTION, id)?;
         shim.send(&Request::Kept, &[]).map_err(shim_error(ACTION, id))?;
         let mut kept = Vec::new();
         loop {

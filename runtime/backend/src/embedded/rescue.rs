@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use super::{EmbeddedBackend, LISTENER_PREFIX, ground};
-use crate::contract::{Backend as _, Result};
+use crate::contract::Result;
 use crate::process::ProcessId;
 use crate::{BackendError, ContainerId, ContainerState, MEMORY_FILE_PREFIX, NamedFd};
 
@@ -17,13 +17,15 @@ impl EmbeddedBackend {
     pub(super) fn rescue_fds(&self, id: &ContainerId) -> Result<Vec<NamedFd>> {
         let failed =
             |problem: String| BackendError::Runtime { action: "fetch the descriptors of", id: id.clone(), problem };
-        let record = self.record(id).filter(|_| matches!(self.state(id), Ok(ContainerState::Running { .. })));
+        let running = matches!(self.state_without_shim(id), ContainerState::Running { .. });
+        let record = self.record(id).filter(|_| running);
         let Some((init, record)) = record.and_then(|record| Some((record.init?, record))) else {
-            return Err(failed("its shim process has ended, and it has too; destroy it and create another".to_owned()));
+            return Err(failed(
+                "its shim process gives none, and it has ended; destroy it and create another".to_owned(),
+            ));
         };
         let rescued = rescue(init, &record.passed)
-            .map_err(|error| failed(format!("its shim process has ended, and its own cannot be taken: {error}")))?;
-        tracing::warn!(%id, "its shim process has ended; {} descriptors were taken from the container", rescued.len());
+            .map_err(|error| failed(format!("its shim process gives none, and its own cannot be taken: {error}")))?;
         Ok(rescued)
     }
 }

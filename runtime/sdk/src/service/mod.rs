@@ -144,6 +144,8 @@ pub struct Service<S> {
     /// Carries of which pieces are still to come.
     pieces: HashMap<u64, Vec<u8>>,
     state_broken: bool,
+    /// It was told to end because its supervisor died.
+    leaving: bool,
 }
 
 /// Takes part as the environment says: under a supervisor, or alone with the listeners of `LISTEN_FDS`.
@@ -223,6 +225,7 @@ impl<S: State> Service<S> {
             stale_carry: HashSet::new(),
             pieces: HashMap::new(),
             state_broken: false,
+            leaving: false,
         }
     }
 
@@ -440,8 +443,8 @@ impl<S: State> Service<S> {
     fn work(&mut self) -> Result<(), SdkError> {
         if self.role == Role::Follower {
             self.follow_log();
-            self.outlive_supervisor();
         }
+        self.outlive_supervisor();
         self.send_some_connections()?;
         self.send_changes()?;
         self.answer_caught_up()?;
@@ -451,13 +454,34 @@ impl<S: State> Service<S> {
     /// A supervisor that dies in the blackout leaves a process that yielded, or was to become owner and never heard of it.
     /// The one that the control word names serves: nobody can change the word any more, and the next supervisor begins
     /// with the process that it names.
+    ///
+    /// Nobody else is needed any more: a follower would only keep connections open that the owner closes, and so would
+    /// what an owner goes on sending to it.
     fn outlive_supervisor(&mut self) {
-        let Some(link) = self.link.as_ref().filter(|link| !link.lost && !self.state_broken) else { return };
-        if link.page.load().owner == link.generation && link.supervisor_is_dead() {
-            let handover = self.yielded.as_ref().map_or(0, |yielded| yielded.handover);
-            self.own(handover, None, None, false);
-            // Said once, as with the log.
-            self.state_broken = self.role == Role::Follower;
+        let concerned = self.role == Role::Follower && !self.leaving || self.follow;
+        let Some(link) = self.link.as_ref().filter(|link| concerned && !link.lost) else { return };
+        if !link.supervisor_is_dead() {
+            return;
+        }
+        let named = link.page.load().owner == link.generation;
+        match self.role {
+            Role::Owner => {
+                self.follow = false;
+                self.resend.clear();
+                self.opened.clear();
+                self.closed.clear();
+                self.outbox.forget_connections();
+            }
+            Role::Follower if named && !self.state_broken => {
+                let handover = self.yielded.as_ref().map_or(0, |yielded| yielded.handover);
+                self.own(handover, None, None, false);
+                // Said once, as with the log.
+                self.state_broken = self.role == Role::Follower;
+            }
+            Role::Follower => {
+                self.leaving = true;
+                self.events.push_back(Event::Retire { deadline: Instant::now() });
+            }
         }
     }
 
