@@ -1,5 +1,6 @@
 //! Talks to the agent: HTTP with JSON over its unix socket (see `warmswap_agent::api`).
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -86,8 +87,8 @@ impl Client {
     /// After a request to stop: until the agent has let go of its run folder, at most half a minute.
     pub(crate) fn wait_until_gone(&self) {
         let began = Instant::now();
-        let lock = self.socket.with_file_name(LOCK_NAME);
-        let held = || std::fs::File::open(&lock).is_ok_and(|file| file.try_lock().is_err());
+        let run_dir = self.socket.parent().unwrap_or_else(|| Path::new("/"));
+        let held = || lock_of_agent(run_dir).is_err();
         while (self.answers() || held()) && began.elapsed() < Duration::from_secs(30) {
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -189,6 +190,12 @@ impl Client {
             .body(Full::new(body))?;
         Ok(sender.send_request(request).await?)
     }
+}
+
+/// The lock of the run folder's agent; none when there has been no agent.
+pub(crate) fn lock_of_agent(run_dir: &Path) -> Result<Option<File>, TryLockError> {
+    let Ok(file) = File::open(run_dir.join(LOCK_NAME)) else { return Ok(None) };
+    file.try_lock().map(|()| Some(file))
 }
 
 async fn accepted(response: Response<Incoming>) -> Result<Response<Incoming>> {

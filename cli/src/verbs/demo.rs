@@ -233,8 +233,7 @@ impl Stage {
     }
 
     fn strike_agent(&self) {
-        let stopped = self.client.stop("/v1/stop");
-        if let Err(error) = stopped {
+        if let Err(error) = self.client.stop("/v1/stop") {
             eprintln!("the agent does not stop by itself: {error:#}");
         }
         self.client.wait_until_gone();
@@ -248,7 +247,7 @@ impl Stage {
             if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
                 eprintln!("interrupted; removing what the demo made");
                 if let Ok(client) = Client::connect(&run_dir) {
-                    let _ = client.stop("/v1/stop"); // it is asked to end below whatever it answers
+                    let _ = client.stop("/v1/stop"); // what it leaves is removed below
                     client.wait_until_gone();
                 }
                 clean(&run_dir, &state_dir);

@@ -1,6 +1,5 @@
 //! `warmswap stop`: end a service, or everything.
 
-use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use warmswap_agent::api::{LOCK_NAME, SOCKET_NAME};
 use warmswap_model::ServiceName;
 
 use super::Here;
-use crate::client::Client;
+use crate::client::{Client, lock_of_agent};
 use crate::output::{say, say_json};
 
 /// How long an agent may take to end after its services have.
@@ -41,8 +40,8 @@ fn stop_all(here: &Here) -> Result<()> {
         }
         match lock_of_agent(&here.run_dir) {
             Ok(lock) => break lock,
-            Err(()) if began.elapsed() > AGENT_END_MAX => bail!("the agent has stopped its services but does not end"),
-            Err(()) => std::thread::sleep(Duration::from_millis(50)),
+            Err(_) if began.elapsed() > AGENT_END_MAX => bail!("the agent has stopped its services but does not end"),
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
     };
     let (removed, left) = purge(&here.run_dir)?;
@@ -61,12 +60,6 @@ fn stop_all(here: &Here) -> Result<()> {
     Ok(())
 }
 
-/// The lock of the run folder's agent; none when there has been no agent.
-fn lock_of_agent(run_dir: &Path) -> Result<Option<File>, ()> {
-    let Ok(file) = File::open(run_dir.join(LOCK_NAME)) else { return Ok(None) };
-    file.try_lock().map_err(drop).map(|()| Some(file))
-}
-
 /// Removes whatever an agent that was killed left behind; returns that, and what is still there.
 pub(super) fn purge(run_dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let mut removed = warmswap_backend::purge(run_dir)?;
@@ -76,8 +69,7 @@ pub(super) fn purge(run_dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
         std::fs::remove_file(&socket).with_context(|| format!("cannot remove {}", socket.display()))?;
         removed.push(format!("socket {}", socket.display()));
     }
-    let journals = run_dir.join("journal");
-    for journal in std::fs::read_dir(&journals).into_iter().flatten().flatten() {
+    for journal in std::fs::read_dir(run_dir.join("journal")).into_iter().flatten().flatten() {
         std::fs::remove_file(journal.path())?;
     }
     Ok((removed, warmswap_backend::leftovers(run_dir)))

@@ -539,16 +539,19 @@ impl Supervisor {
     /// the old one was told has to do.
     fn can_take_back(&mut self, attempt: &Attempt) -> bool {
         let (from, to) = (attempt.from, attempt.to);
-        if attempt.rung < Rung::Fds || self.is_dead(from) {
-            return !self.is_dead(from);
+        if self.is_dead(from) {
+            return false;
+        }
+        if attempt.rung < Rung::Fds {
+            return true;
         }
         let deadline = Instant::now() + HAND_BACK_TIME_MAX;
-        match self.ask_caught_up(to, None, &[from, to], deadline) {
-            Ok(commit) => {
-                self.informed(from).is_ok() && self.ask_caught_up(from, commit, &[from, to], deadline).is_ok()
+        let newest = self.ask_caught_up(to, None, &[from, to], deadline);
+        self.informed(from).is_ok()
+            && match newest {
+                Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).is_ok(),
+                Err(_) => !self.is_dead(from),
             }
-            Err(_) => self.informed(from).is_ok() && !self.is_dead(from),
-        }
     }
 
     fn roll_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {

@@ -264,8 +264,6 @@ impl ServiceFile {
                     format!("port 0 of listener {name:?} would be another one each time: name one"),
                 ));
             }
-        }
-        for name in self.listen.keys() {
             // LISTEN_FDNAMES separates names by colons.
             if name.is_empty() || name.contains(':') || !name.bytes().all(|b| b.is_ascii_graphic()) {
                 return Err(("listen", format!("{name:?} is no listener name: printable ASCII without a colon")));

@@ -1,4 +1,4 @@
-//! Descriptors of a container whose shim was killed: what the shim kept is gone with it, but the container's first
+//! Descriptors of a container whose shim was killed or hangs: what the shim kept is out of reach, but the container's first
 //! process still holds what it was given and the memory files it maps.
 //!
 //! What comes from there is as trustworthy as the container: whoever uses it checks it, as it checks the container's
@@ -17,16 +17,15 @@ impl EmbeddedBackend {
     pub(super) fn rescue_fds(&self, id: &ContainerId) -> Result<Vec<NamedFd>> {
         let failed =
             |problem: String| BackendError::Runtime { action: "fetch the descriptors of", id: id.clone(), problem };
-        let running = matches!(self.state_without_shim(id), ContainerState::Running { .. });
-        let record = self.record(id).filter(|_| running);
-        let Some((init, record)) = record.and_then(|record| Some((record.init?, record))) else {
+        let running = self.record(id).filter(|record| matches!(record.state, Some(ContainerState::Running { .. })));
+        let alive = running.and_then(|record| Some((record.init.filter(|init| init.is_alive())?, record.passed)));
+        let Some((init, passed)) = alive else {
             return Err(failed(
                 "its shim process gives none, and it has ended; destroy it and create another".to_owned(),
             ));
         };
-        let rescued = rescue(init, &record.passed)
-            .map_err(|error| failed(format!("its shim process gives none, and its own cannot be taken: {error}")))?;
-        Ok(rescued)
+        rescue(init, &passed)
+            .map_err(|error| failed(format!("its shim process gives none, and its own cannot be taken: {error}")))
     }
 }
 

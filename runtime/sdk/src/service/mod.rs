@@ -95,6 +95,14 @@ struct Link {
     lost: bool,
 }
 
+impl Link {
+    fn supervisor_is_dead(&self) -> bool {
+        let mut entry = libc::pollfd { fd: self.supervisor.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one live entry. Nothing is ever written, so whatever is reported is the end of the other side.
+        unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
+    }
+}
+
 /// A connection that the service has open.
 #[derive(Debug)]
 struct Known {
@@ -102,14 +110,6 @@ struct Known {
     /// the service closed (and the kernel gave away again) is never sent for somebody else's connection.
     fd: RawFd,
     listener: String,
-}
-
-impl Link {
-    fn supervisor_is_dead(&self) -> bool {
-        let mut entry = libc::pollfd { fd: self.supervisor.as_raw_fd(), events: 0, revents: 0 };
-        // SAFETY: one live entry. Nothing is ever written, so whatever is reported is the end of the other side.
-        unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
-    }
 }
 
 /// What this process carried over when it yielded, in case nobody takes it up.
@@ -458,7 +458,10 @@ impl<S: State> Service<S> {
     /// Nobody else is needed any more: a follower would only keep connections open that the owner closes, and so would
     /// what an owner goes on sending to it.
     fn outlive_supervisor(&mut self) {
-        let concerned = self.role == Role::Follower && !self.leaving || self.follow;
+        let concerned = match self.role {
+            Role::Owner => self.follow,
+            Role::Follower => !self.leaving,
+        };
         let Some(link) = self.link.as_ref().filter(|link| concerned && !link.lost) else { return };
         if !link.supervisor_is_dead() {
             return;
