@@ -54,6 +54,9 @@ pub(crate) enum Verb {
         /// A changed service file; its image and settings hold from this handover on.
         #[arg(long, short, conflicts_with = "image")]
         file: Option<PathBuf>,
+        /// For tests of crash safety: the agent stops itself (SIGSTOP) before this step of `history --steps`, from 1.
+        #[arg(long, hide = true)]
+        stop_agent_before_step: Option<usize>,
     },
     /// Hand a service back to the image it had before the last update.
     Rollback { service: ServiceName },
@@ -87,6 +90,9 @@ pub(crate) enum Verb {
     /// Show the handovers of a service.
     History {
         service: ServiceName,
+        /// Every step of each handover too: where its time went.
+        #[arg(long)]
+        steps: bool,
         /// The phases of each handover too.
         #[arg(long)]
         phases: bool,

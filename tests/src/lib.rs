@@ -9,6 +9,7 @@
 
 mod agent;
 mod bpf;
+pub mod faults;
 mod ground;
 pub mod hesitant;
 mod inventory;

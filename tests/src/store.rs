@@ -225,6 +225,21 @@ impl Store {
     /// # Errors
     /// When there is no such cgroup.
     pub fn pids(&self, generation: u32) -> Result<Vec<i32>> {
+        let mut waiting = vec![self.cgroup(generation)?];
+        let mut pids = Vec::new();
+        while let Some(folder) = waiting.pop() {
+            let text = fs::read_to_string(folder.join("cgroup.procs"))?;
+            pids.extend(text.lines().map(str::parse).collect::<Result<Vec<i32>, _>>()?);
+            waiting.extend(folders(&folder)?);
+        }
+        Ok(pids)
+    }
+
+    /// The v2 cgroup of a generation.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn cgroup(&self, generation: u32) -> Result<PathBuf> {
         let status = self.status()?;
         let members = status["generations"].as_array().context("no generations")?;
         let member = members.iter().find(|member| member["generation"] == generation);
@@ -234,22 +249,20 @@ impl Store {
         let words = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
         let v2 = words.filter(|words| words.get(2) == Some(&"cgroup2")).find_map(|words| words.get(1).copied());
         let mut waiting = vec![Path::new(v2.context("no cgroup v2 hierarchy is mounted")?).join("warmswap")];
-        let mut pids = None;
         while let Some(folder) = waiting.pop() {
-            let ours = pids.is_none() && fs::metadata(&folder)?.ino() == inode;
-            if ours || pids.is_some() {
-                let text = fs::read_to_string(folder.join("cgroup.procs"))?;
-                let more = text.lines().map(str::parse).collect::<Result<Vec<i32>, _>>()?;
-                pids.get_or_insert_with(Vec::new).extend(more);
+            if fs::metadata(&folder)?.ino() == inode {
+                return Ok(folder);
             }
-            let folders = fs::read_dir(&folder)?.flatten().map(|entry| entry.path()).filter(|path| path.is_dir());
-            if ours {
-                waiting = folders.collect(); // nothing but what is below it
-            } else {
-                waiting.extend(folders);
-            }
+            waiting.extend(folders(&folder)?);
         }
-        pids.with_context(|| format!("no cgroup below warmswap has the inode {inode}"))
+        bail!("no cgroup below warmswap has the inode {inode}")
+    }
+
+    /// # Errors
+    /// When no agent runs.
+    pub fn agent_pid(&self) -> Result<i32> {
+        let agent = self.agent.as_ref().context("no agent runs")?;
+        Ok(i32::try_from(agent.pid())?)
     }
 
     /// The processes that keep the containers of this ground.
@@ -370,6 +383,11 @@ impl Store {
         let log = self.log();
         self.ground.finish().with_context(|| format!("log of the agent:\n{log}"))
     }
+}
+
+fn folders(folder: &Path) -> Result<impl Iterator<Item = PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()))
 }
 
 fn pairs(count: usize) -> impl Iterator<Item = (String, String)> {

@@ -1,9 +1,6 @@
 //! `demo`: from a fresh clone to `warmswap demo` in one command.
 
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
-
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use crate::{build, run, setup};
 
@@ -17,11 +14,6 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     setup::run()?;
     build::run()?;
-    let program = run::target().join("release/warmswap");
-    let mut command = Command::new(&program);
-    command.arg("demo").args(&options.arguments);
-    run::clean_environment(&mut command);
-    eprintln!("$ {}", run::shown(&command));
-    // In our place: it gets the terminal's signals directly and its exit status is ours.
-    Err(command.exec()).with_context(|| format!("cannot start {}", program.display()))
+    let arguments = std::iter::once("demo").chain(options.arguments.iter().map(String::as_str));
+    run::become_program("warmswap", arguments)
 }

@@ -4,6 +4,7 @@
 
 mod build;
 mod demo;
+mod faults;
 mod lint;
 mod prepush;
 mod run;
@@ -37,6 +38,8 @@ enum Verb {
     Test(test::Options),
     /// Set up, build and run `warmswap demo`
     Demo(demo::Options),
+    /// Set up, build, and kill, stop or deceive everybody at every step of a handover
+    Faults(faults::Options),
     /// Formatting, clippy without warnings, tidy
     Lint,
     /// Check the rules that hold across the workspace (dependency direction, manifests, files, links)
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Verb::Build => setup::run().and_then(|()| build::run()),
         Verb::Test(options) => test::run(&options),
         Verb::Demo(options) => demo::run(&options),
+        Verb::Faults(options) => faults::run(&options),
         Verb::Lint => lint::run(),
         Verb::Tidy => tidy::run(),
         Verb::Vm(options) => vm::run_verb(&options),

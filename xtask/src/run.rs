@@ -1,5 +1,7 @@
 //! Starting other programs, and where things lie.
 
+use std::ffi::OsStr;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -44,6 +46,16 @@ pub(crate) fn clean_environment(command: &mut Command) {
             command.env_remove(name);
         }
     }
+}
+
+/// Goes on as a program of this workspace: it gets the terminal's signals directly and its exit status is ours.
+pub(crate) fn become_program(name: &str, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<()> {
+    let program = target().join("release").join(name);
+    let mut command = Command::new(&program);
+    command.args(arguments);
+    clean_environment(&mut command);
+    eprintln!("$ {}", shown(&command));
+    Err(command.exec()).with_context(|| format!("cannot start {}", program.display()))
 }
 
 /// Shows the command, runs it with our terminal and no standard input, fails when it fails.

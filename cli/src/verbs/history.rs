@@ -10,7 +10,7 @@ use super::Here;
 use crate::client::Client;
 use crate::output::{duration_or_dash, duration_us, print_table, say, say_json, table, verdict};
 
-pub(super) fn history(here: &Here, service: &ServiceName, phases: bool) -> Result<ExitCode> {
+pub(super) fn history(here: &Here, service: &ServiceName, phases: bool, steps: bool) -> Result<ExitCode> {
     let client = Client::connect(&here.run_dir)?;
     let reports: Vec<HandoverReport> = client.get(&format!("/v1/services/{service}/history"))?;
     if here.json {
@@ -52,20 +52,36 @@ pub(super) fn history(here: &Here, service: &ServiceName, phases: bool) -> Resul
         ]);
     }
     print_table(&rows);
-    if phases {
-        for report in &reports {
-            say(&format!("\nhandover {}", report.id));
-            let mut rows = table(["phase", "began after", "took", "outcome"], &[1, 2]);
-            for timing in &report.phases {
-                rows.add_row([
-                    timing.phase.to_string(),
-                    duration_us(timing.start_us),
-                    duration_us(timing.duration_us),
-                    format!("{:?}", timing.outcome).to_lowercase(),
-                ]);
-            }
-            print_table(&rows);
+    for report in reports.iter().filter(|_| phases || steps) {
+        say(&format!("\nhandover {}", report.id));
+        if phases {
+            print_phases(report);
+        }
+        if steps {
+            print_steps(report);
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn print_phases(report: &HandoverReport) {
+    let mut rows = table(["phase", "began after", "took", "outcome"], &[1, 2]);
+    for timing in &report.phases {
+        rows.add_row([
+            timing.phase.to_string(),
+            duration_us(timing.start_us),
+            duration_us(timing.duration_us),
+            format!("{:?}", timing.outcome).to_lowercase(),
+        ]);
+    }
+    print_table(&rows);
+}
+
+fn print_steps(report: &HandoverReport) {
+    let mut rows = table(["step", "after", "until the next", "what"], &[0, 1, 2]);
+    for (number, step) in report.steps.iter().enumerate() {
+        let next = report.steps.get(number + 1).map(|next| next.at_us - step.at_us);
+        rows.add_row([(number + 1).to_string(), duration_us(step.at_us), duration_or_dash(next), step.what.clone()]);
+    }
+    print_table(&rows);
 }

@@ -33,7 +33,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Verb::Check => check::check(&here),
         Verb::Agent => agent::agent(&here),
         Verb::Run { file } => run::run(&here, &file),
-        Verb::Update { service, image, file } => update::update(&here, &service, image, file.as_deref()),
+        Verb::Update { service, image, file, stop_agent_before_step } => {
+            update::update(&here, &service, image, file.as_deref(), stop_agent_before_step)
+        }
         Verb::Rollback { service } => update::rollback(&here, &service),
         Verb::Status { service } => status::status(&here, service.as_ref()),
         Verb::Stop { service, all: _ } => stop::stop(&here, service.as_ref()),
@@ -41,7 +43,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
             trace::trace(&here, &trace::Filter { service, class, count, seconds })
         }
         Verb::Forecast { service } => forecast::forecast(&here, &service),
-        Verb::History { service, phases } => history::history(&here, &service, phases),
+        Verb::History { service, phases, steps } => history::history(&here, &service, phases, steps),
         Verb::Demo(demo) => demo::demo(&here, &demo),
         Verb::Completions { shell } => Ok(completions::completions(shell)),
         Verb::Man { folder } => completions::man(&folder),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, anyhow, bail};
 use hyper::Method;
-use warmswap_agent::api::{Progress, UpdateLine, UpdateRequest};
+use warmswap_agent::api::{Fault, Progress, UpdateLine, UpdateRequest};
 use warmswap_model::{HandoverReport, PhaseOutcome, ServiceName, Verdict};
 
 use super::run::read_service_file;
@@ -18,10 +18,12 @@ pub(super) fn update(
     service: &ServiceName,
     image: Option<PathBuf>,
     file: Option<&Path>,
+    stop_agent_before_step: Option<usize>,
 ) -> Result<ExitCode> {
     let image = image.map(std::path::absolute).transpose()?;
     let file = file.map(read_service_file).transpose()?;
-    let request = UpdateRequest { image, file, fault: None };
+    let fault = stop_agent_before_step.map(|before_step| Fault::StopAgent { before_step });
+    let request = UpdateRequest { image, file, fault };
     let client = Client::connect(&here.run_dir)?;
     let report = hand_over(&client, &format!("/v1/services/{service}/update"), &request, |line| show(here, line))?;
     Ok(exit_code(&report))

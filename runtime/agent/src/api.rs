@@ -93,12 +93,15 @@ pub struct UpdateRequest {
     pub fault: Option<Fault>,
 }
 
-/// A fault that is injected when a phase begins.
+/// A fault that is injected into a handover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fault {
     /// SIGKILL to the shadow as SYNC begins.
     KillShadowInSync,
+    /// The agent stops itself (SIGSTOP) before the step with this number, from 1, of [`HandoverReport::steps`]. Whoever asked
+    /// for it does there what it likes, and continues the agent, or ends it.
+    StopAgent { before_step: usize },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -184,7 +184,11 @@ impl Actor {
         let Update { image, file, trigger, fault, watcher } = update;
         *lock(&self.handle.watcher) = watcher.clone();
         *lock(&self.handle.fault) = fault;
-        let verdict = match self.hand_over(image, file, trigger) {
+        let stop_before_step = match fault {
+            Some(Fault::StopAgent { before_step }) => Some(before_step),
+            _ => None,
+        };
+        let verdict = match self.hand_over(image, file, trigger, stop_before_step) {
             Ok(report) => {
                 if report.verdict != Verdict::Committed {
                     lock(&self.handle.state).on(Event::RollbackBegan); // what serves is still the old content
@@ -211,6 +215,7 @@ impl Actor {
         image: ImageRef,
         file: Option<(ServiceFile, PathBuf)>,
         trigger: Trigger,
+        stop_before_step: Option<usize>,
     ) -> Result<HandoverReport, AgentError> {
         let before = file.map(|(file, folder)| self.supervisor.configure(file, folder)).transpose()?;
         let name = self.handle.name.clone();
@@ -230,6 +235,7 @@ impl Actor {
             forecast,
             reservation: reserved,
             shadow_cpus: self.shared.shadow_cpus(),
+            stop_before_step,
         };
         let report = self.supervisor.update(&plan);
         self.handle.handovers.fetch_add(1, Ordering::Relaxed);

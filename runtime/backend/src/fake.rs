@@ -184,7 +184,7 @@ impl Container {
     fn set_stopped(&self, stopped: bool) {
         self.signal_group(if stopped { libc::SIGSTOP } else { libc::SIGCONT });
         let deadline = Instant::now() + Duration::from_secs(5);
-        while self.process.is_stopped() != stopped && Instant::now() < deadline {
+        while crate::is_stopped(self.process.pid.unsigned_abs()) != stopped && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }

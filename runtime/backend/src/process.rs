@@ -29,11 +29,6 @@ impl ProcessId {
         stat(self.pid).is_some_and(|(state, start)| start == self.start_ticks && state != 'Z' && state != 'X')
     }
 
-    /// Stopped by a signal.
-    pub(crate) fn is_stopped(self) -> bool {
-        stat(self.pid).is_some_and(|(state, _)| state == 'T')
-    }
-
     /// A descriptor of exactly this process; `None` when it is gone.
     pub(crate) fn pidfd(self) -> Option<OwnedFd> {
         // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
@@ -85,6 +80,12 @@ impl ProcessId {
             );
         }
     }
+}
+
+/// Whether the process is stopped by a signal or a debugger, and nobody can say when it goes on.
+#[must_use]
+pub fn is_stopped(pid: u32) -> bool {
+    i32::try_from(pid).ok().and_then(stat).is_some_and(|(state, _)| matches!(state, 'T' | 't'))
 }
 
 /// Rounded up, so that a loop around `poll` does not spin in the last millisecond.

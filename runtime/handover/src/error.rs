@@ -3,7 +3,7 @@
 use warmswap_backend::BackendError;
 use warmswap_model::{Generation, ServiceName};
 use warmswap_transfer::channel::ChannelError;
-use warmswap_transfer::control::ControlError;
+use warmswap_transfer::page::PageError;
 
 use crate::journal::JournalError;
 
@@ -20,8 +20,8 @@ pub enum HandoverError {
         #[source]
         source: ChannelError,
     },
-    #[error("cannot make the control page")]
-    Control(#[from] ControlError),
+    #[error(transparent)]
+    Page(#[from] PageError),
     #[error("{generation} of {service} {problem}{log}")]
     Generation { service: ServiceName, generation: Generation, problem: String, log: LogTail },
     #[error("{0}")]

@@ -12,6 +12,8 @@ mod member;
 mod priority;
 mod protocol;
 mod recovery;
+mod steps;
+mod succession;
 mod supervisor;
 
 pub use conditions::{Conditions, Judgement, Progress};

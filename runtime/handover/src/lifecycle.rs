@@ -10,7 +10,10 @@ use warmswap_transfer::message::ToService;
 
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor, describe_exit};
+use crate::steps::Step;
+use crate::supervisor::{
+    GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Supervisor, describe_exit,
+};
 
 /// A program that has not spoken this long after its start does not link the SDK.
 const GREETING_TIME_MAX: Duration = Duration::from_secs(3);
@@ -95,6 +98,7 @@ impl Supervisor {
         let mut keep = vec![
             NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? },
             NamedFd { name: KEPT_PAGE.into(), fd: duplicate(self.control.as_fd())? },
+            NamedFd { name: KEPT_OWNERSHIP.into(), fd: duplicate(self.ownership.as_fd())? },
         ];
         for (index, segment) in &self.segments {
             keep.push(NamedFd { name: format!("{KEPT_SEGMENT}{index}"), fd: duplicate(segment.as_fd())? });
@@ -108,6 +112,7 @@ impl Supervisor {
         };
         let command = self.record.file.command.clone();
         let spec = ContainerSpec { id: id.clone(), image: image.clone(), command, env, limits };
+        self.steps.take(Step::Backend("create", generation));
         let cgroup = self.backend.create(&spec, fds, keep)?;
         let member = Member {
             id: id.clone(),
@@ -119,10 +124,12 @@ impl Supervisor {
             ready: false,
             informed: false,
             closed: false,
+            garbled: 0,
             drain_until: None,
         };
         self.members.insert(generation, member);
         self.say_members();
+        self.steps.take(Step::Backend("start", generation));
         self.backend.start(&id)?;
         Ok(())
     }
@@ -200,8 +207,11 @@ impl Supervisor {
     /// Ends a generation at once and forgets it.
     pub(crate) fn discard(&mut self, generation: Generation) {
         let id = self.container(generation);
-        if let Err(error) = self.backend.destroy(&id) {
-            tracing::error!("cannot remove {id}: {}", with_causes(&error));
+        self.steps.take(Step::Backend("destroy", generation));
+        match self.backend.destroy(&id) {
+            // Confirmed dead.
+            Ok(()) => drop(self.ownership.release(generation.0)),
+            Err(error) => tracing::error!("cannot remove {id}: {}", with_causes(&error)),
         }
         self.members.remove(&generation);
     }
@@ -214,8 +224,10 @@ impl Supervisor {
         member.drain_until = Some(Instant::now() + drain);
         let drain_ms = u64::try_from(drain.as_millis()).unwrap_or(u64::MAX);
         let told = if member.cooperates() {
+            self.steps.take(Step::Tell(generation, "Retire"));
             member.channel.send(&ToService::Retire { drain_ms }, &[]).map_err(|error| with_causes(&error))
         } else {
+            self.steps.take(Step::Backend("end", generation));
             self.backend.signal(&member.id, libc::SIGTERM).map_err(|error| with_causes(&error))
         };
         if let Err(problem) = told {
@@ -256,6 +268,7 @@ impl Supervisor {
             tracing::error!("{} lost its owner: {reason}; it is started again", self.service());
             self.last_trouble = Some(reason);
             self.members.remove(&owner);
+            self.ownership.release(owner.0);
             self.fallen = Some(owner);
             self.connections.clear();
             if self.revived_at.is_none_or(|at| now.duration_since(at) >= STABLE_AFTER) {

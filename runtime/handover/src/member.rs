@@ -41,6 +41,8 @@ pub(crate) struct Member {
     pub(crate) informed: bool,
     /// Its end of the conversation is closed: it is dead, about to be, or closed every descriptor it did not know.
     pub(crate) closed: bool,
+    /// Messages from it that nobody could understand.
+    pub(crate) garbled: u32,
     pub(crate) drain_until: Option<Instant>,
 }
 

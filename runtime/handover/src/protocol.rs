@@ -25,7 +25,8 @@ use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
 use crate::member::{Member, Role};
 use crate::priority::Urgent;
-use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor};
+use crate::steps::Step;
+use crate::supervisor::{Notice, Stop, Supervisor};
 
 /// How far back "before" reaches.
 const BASELINE: Duration = Duration::from_secs(10);
@@ -55,6 +56,9 @@ pub struct Plan {
     pub reservation: PerResource<f64>,
     /// CPUs of the shadow until it is to serve; `None`: any.
     pub shadow_cpus: Option<Vec<u32>>,
+    /// For tests of what happens when somebody dies or lies at any moment: this process stops itself (SIGSTOP) before the step
+    /// with this number, from 1. `HandoverReport::steps` of an undisturbed handover says which ones there are.
+    pub stop_before_step: Option<usize>,
 }
 
 impl Supervisor {
@@ -67,9 +71,18 @@ impl Supervisor {
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         let from = self.owner().unwrap_or(Generation(0));
         let mut attempt = Attempt::new(plan.handover, from, self.record.next_generation);
-        let result = self.phases(plan, &mut attempt);
+        self.steps.begin(plan.stop_before_step);
+        let mut succeeded = None;
+        let result = self.phases(plan, &mut attempt).or_else(|stop| {
+            if !self.must_succeed(&attempt) {
+                return Err(stop);
+            }
+            self.succeed(plan, &mut attempt)?;
+            succeeded = Some(format!("{}; {} took over its state", stop.reason, attempt.to));
+            self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a))
+        });
         let (verdict, reason) = match result {
-            Ok(()) => (Verdict::Committed, None),
+            Ok(()) => (Verdict::Committed, succeeded),
             Err(stop) if attempt.promoted && !self.is_dead(attempt.to) && !self.can_take_back(&attempt) => {
                 // Going back would end the only generation that serves.
                 let kept = format!(
@@ -112,6 +125,7 @@ impl Supervisor {
             started_unix_ms,
             duration_ms: attempt.began.elapsed().as_secs_f64() * 1e3,
             phases: attempt.phases,
+            steps: self.steps.end(),
             blackouts: attempt.blackouts,
             connections: attempt.connections,
             state_bytes: attempt.state_bytes,
@@ -156,10 +170,16 @@ impl Supervisor {
         result.map(drop)
     }
 
+    /// A record of the journal is about to be written.
+    pub(crate) fn note(&self, record: &'static str) {
+        self.steps.take(Step::Journal(record));
+    }
+
     fn reserve(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
         if self.owner().is_none() {
             return Err(Stop::new(format!("{} has no generation that serves", self.service())));
         }
+        self.note("begin");
         self.journal
             .begin(attempt.handover, attempt.from, attempt.to, &plan.image, &self.record)
             .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -264,7 +284,8 @@ impl Supervisor {
     }
 
     /// The reservation stops being held and is the shadow's: CPUs, weight. Before QUIESCE, because a cgroup write may wait.
-    fn activate(&self, plan: &Plan, to: Generation) {
+    pub(crate) fn activate(&self, plan: &Plan, to: Generation) {
+        self.steps.take(Step::Backend("set limits of", to));
         let cpus = plan.shadow_cpus.as_ref().and_then(|_| self.backend.capacity().ok());
         let limits = self.owner_limits(cpus.map(|capacity| (0..capacity.cpus).collect()));
         if let Err(error) = self.backend.set_limits(&self.container(to), &limits) {
@@ -277,6 +298,7 @@ impl Supervisor {
         if attempt.rung < Rung::Fds {
             // Both accept from the same listeners; nobody has to stop for the other to serve.
             return self.timed(attempt, Phase::Promote, |s, a| {
+                s.note("promoted");
                 s.journal
                     .promoted(a.handover, to, s.greeting_of(to))
                     .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -391,7 +413,12 @@ impl Supervisor {
             return Err(before(Stop::new(reason)));
         }
         self.informed(to).map_err(before)?;
+        if self.ownership.holder() != 0 {
+            let reason = format!("this supervisor stood still for so long that {from} serves again by itself");
+            return Err(before(Stop::new(reason)));
+        }
         let checked = Instant::now();
+        self.note("promoted");
         self.journal
             .promoted(handover, to, self.greeting_of(to))
             .map_err(|error| SwitchError::Before { began: told, stop: Stop::new(with_causes(&error)) })?;
@@ -416,6 +443,7 @@ impl Supervisor {
         let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);
         let mut stretch_began = began;
         let mut doubted = false;
+        let mut stopped = false;
         loop {
             let step_ends = Instant::now() + VERIFY_STEP;
             while let Some(left) = step_ends.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
@@ -431,6 +459,10 @@ impl Supervisor {
             // A program without the SDK may have closed the channel it did not know.
             if attempt.rung < Rung::Fds && self.is_dead(to) {
                 return Err(self.obituary(to));
+            }
+            let stopped_before = std::mem::replace(&mut stopped, self.is_stopped(to));
+            if stopped_before && stopped {
+                return Err(Stop::new(format!("{to} is stopped by a signal")));
             }
             if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
                 return Err(Stop::new(reason));
@@ -482,9 +514,7 @@ impl Supervisor {
         self.record.previous_image = Some(std::mem::replace(&mut self.record.image, plan.image.clone()));
         self.remember_owner(to);
         self.last_trouble = None;
-        if let Err(error) = self.journal.end(attempt.handover, to).and_then(|()| self.journal.rewrite(&self.record)) {
-            tracing::error!("{}", with_causes(&error));
-        }
+        self.end_in_journal(attempt.handover, to);
         self.retire(from);
         let until = Instant::now() + COMMIT_WAIT;
         while self.members.contains_key(&from) && Instant::now() < until {
@@ -561,6 +591,8 @@ impl Supervisor {
             self.own_word(from, false);
             self.set_role(from, Role::Owner);
             self.retire(to);
+            // It only finishes what it has; its state is its own at this rung.
+            self.ownership.release(to.0);
             return Ok(());
         }
         let alive = self.members.get(&to).is_some_and(|member| !member.closed) && !self.is_dead(to);
@@ -591,15 +623,12 @@ impl Supervisor {
     fn take_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
         let (from, to) = (attempt.from, attempt.to);
         let began = Instant::now();
-        let id = self.container(to);
-        let _ = self.backend.signal(&id, libc::SIGKILL); // fails when it is dead already, which the wait confirms
-        match self.backend.wait(&id, OWNED_TIME_MAX) {
-            Ok(ContainerState::Exited { .. }) => {}
-            other => return Err(Stop::new(format!("{to} cannot be confirmed dead ({other:?}), so {from} must wait"))),
-        }
+        self.confirm_dead(to)?;
         // What it said last may still be on the way: segments and connections that the old one needs.
         self.pump(Duration::ZERO, None);
         self.informed(from)?;
+        self.ownership.release(to.0);
+        self.note("promoted");
         self.journal
             .promoted(attempt.handover, from, self.greeting_of(from))
             .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -616,6 +645,15 @@ impl Supervisor {
         Ok(())
     }
 
+    fn end_in_journal(&mut self, handover: u64, owner: Generation) {
+        self.note("end");
+        let ended = self.journal.end(handover, owner);
+        self.note("service");
+        if let Err(error) = ended.and_then(|()| self.journal.rewrite(&self.record)) {
+            tracing::error!("{}", with_causes(&error));
+        }
+    }
+
     fn conclude(&mut self, attempt: &Attempt, verdict: Verdict) {
         if verdict == Verdict::Committed {
             self.conditions.release(&self.record.file.name);
@@ -623,10 +661,7 @@ impl Supervisor {
         }
         let owner = self.owner().unwrap_or(attempt.from);
         self.remember_owner(owner);
-        let ended = self.journal.end(attempt.handover, owner).and_then(|()| self.journal.rewrite(&self.record));
-        if let Err(error) = ended {
-            tracing::error!("{}", with_causes(&error));
-        }
+        self.end_in_journal(attempt.handover, owner);
         // Whoever neither serves nor drains has no part any more, dead or alive.
         let rest = self.members.values().filter(|member| matches!(member.role, Role::Shadow | Role::Parked));
         for generation in rest.map(|member| member.id.generation).collect::<Vec<_>>() {

@@ -11,13 +11,14 @@ use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, 
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::control::{ControlView, ControlWord};
 use warmswap_transfer::message::ToService;
+use warmswap_transfer::ownership::OwnershipLock;
 use warmswap_transfer::segment::segment_index;
 
 use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Supervisor, pages};
 
 impl Supervisor {
     /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did
@@ -83,7 +84,10 @@ impl Supervisor {
     fn adopt(&mut self, container: &FoundContainer, kept: Kept) {
         let id = container.spec.id.clone();
         let generation = id.generation;
-        let Kept { channel, segments, rescued, word: _ } = kept;
+        let Kept { channel, segments, ownership, rescued, word: _ } = kept;
+        if let Some(ownership) = ownership {
+            self.ownership = ownership; // the same for all of them
+        }
         if rescued {
             let trouble =
                 format!("the shim of {generation} was killed or hangs; the next handover gives the service a new one");
@@ -109,6 +113,7 @@ impl Supervisor {
             ready: true,
             informed: is_owner,
             closed: false,
+            garbled: 0,
             drain_until: None,
             id,
         };
@@ -118,6 +123,7 @@ impl Supervisor {
             self.name_owner(generation);
             self.read_all(generation);
             self.members.remove(&generation);
+            self.ownership.release(generation.0);
             self.fallen = Some(generation);
         }
     }
@@ -146,14 +152,20 @@ impl Supervisor {
         let owner = owner.filter(|owner| self.members.contains_key(owner));
         if let Some(owner) = owner {
             self.name_owner(owner);
-            if self.members.get(&owner).is_some_and(Member::cooperates) {
-                self.resume(owner, open.map_or(0, |open| open.handover));
-            }
         }
+        // First, so that none of them holds the ownership any more.
         for generation in others {
             // What was replaced before may drain still; what was to replace, or is replaced by what was promoted, ends.
             let drains = owner.is_some_and(|owner| generation < owner) && open.is_none_or(|o| o.from != generation);
             if drains { self.retire(generation) } else { self.discard(generation) }
+        }
+        let cooperating = owner.filter(|owner| self.members.get(owner).is_some_and(Member::cooperates));
+        if let Some(owner) = cooperating {
+            if self.ownership.holder() == 0 {
+                // It may be a new page, because nobody had kept the one before. One that yielded takes it anyway.
+                self.ownership.try_acquire(owner.0);
+            }
+            self.resume(owner, open.map_or(0, |open| open.handover));
         }
         if self.owner().is_none() {
             self.last_trouble = Some("its owner died while no agent ran; it is started again".into());
@@ -187,6 +199,7 @@ impl Supervisor {
             started_unix_ms: 0,
             duration_ms: 0.0,
             phases: Vec::new(),
+            steps: Vec::new(),
             blackouts: Vec::new(),
             connections: ConnectionCounts::default(),
             state_bytes: 0,
@@ -202,7 +215,7 @@ impl Supervisor {
     fn resume(&mut self, owner: Generation, handover: u64) {
         self.keep_page(owner);
         let result = self
-            .tell(owner, &ToService::ControlPage, &[self.control.as_fd(), self.lifeline.0.as_fd()])
+            .tell(owner, &ToService::NewSupervisor, &pages(&self.control, &self.ownership, &self.lifeline.0))
             .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
             .and_then(|()| self.tell_own(owner, handover, None, None, false))
             .and_then(|()| self.await_owned(owner, handover));
@@ -211,6 +224,7 @@ impl Supervisor {
             Err(stop) if self.is_dead(owner) => {
                 tracing::error!("{owner} of {} died as it was taken over: {}", self.service(), stop.reason);
                 self.members.remove(&owner);
+                self.ownership.release(owner.0);
                 self.fallen = Some(owner);
             }
             // The control word names it, so it serves as soon as it can.
@@ -240,6 +254,7 @@ impl Supervisor {
 struct Kept {
     channel: Option<SupervisorChannel>,
     segments: BTreeMap<u64, OwnedFd>,
+    ownership: Option<OwnershipLock>,
     word: Option<ControlWord>,
     /// Taken from the container itself.
     rescued: bool,
@@ -255,12 +270,14 @@ impl Kept {
                 kept.rescued = true;
             } else if let Some(index) = name.strip_prefix(KEPT_SEGMENT).and_then(|index| index.parse().ok()) {
                 kept.segments.insert(index, fd);
-            } else if name == KEPT_PAGE || name.starts_with(MEMORY_FILE_PREFIX) {
+            } else if [KEPT_PAGE, KEPT_OWNERSHIP].contains(&name.as_str()) || name.starts_with(MEMORY_FILE_PREFIX) {
                 if let Some(index) = segment_index(fd.as_fd()) {
                     kept.segments.insert(index, fd);
                 } else if let Ok(page) = ControlView::map(fd.as_fd()) {
                     // A process holds one, or for a moment the one before as well.
                     kept.word = kept.word.into_iter().chain([page.load()]).max_by_key(|word| word.epoch);
+                } else if let Ok(ownership) = OwnershipLock::map(fd.as_fd()) {
+                    kept.ownership = Some(ownership);
                 }
             }
         }

@@ -17,25 +17,34 @@ use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, NamedFd, Se
 use warmswap_model::{Generation, ServiceFile, ServiceName, with_causes};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
-use warmswap_transfer::message::{Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
+use warmswap_transfer::message::{
+    Commit, ConnectionRecord, Message as _, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
+};
+use warmswap_transfer::ownership::OwnershipLock;
 
 use crate::conditions::Conditions;
 use crate::error::{HandoverError, LogTail};
 use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
 use crate::member::{Greeting, Member, MemberStatus, Role};
+use crate::steps::{Step, Steps};
 
 /// Names in the descriptor store of a container.
 pub(crate) const KEPT_CONTROL: &str = "control";
 /// Name of the container's own end.
 pub(crate) const GIVEN_CONTROL: &str = "control-of-container";
 pub(crate) const KEPT_PAGE: &str = "control-page";
+pub(crate) const KEPT_OWNERSHIP: &str = "ownership-page";
 pub(crate) const KEPT_SEGMENT: &str = "segment-";
 
 /// Most segments one service may have at a time; with the usual 16 MiB segments this is 64 GiB.
 const SEGMENTS_MAX: usize = 4096;
 /// How long a resumed or promoted process may take to say that it serves.
 pub(crate) const OWNED_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often a wait looks whether those it waits for are stopped.
+const STOPPED_LOOK: Duration = Duration::from_millis(100);
+/// A generation that sends this many messages that nobody understands is not listened to any more.
+const GARBLED_MAX: u32 = 16;
 
 /// What a generation said that a handover may wait for.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +83,7 @@ pub struct Supervisor {
     pub(crate) journal: Journal,
     pub(crate) members: BTreeMap<Generation, Member>,
     pub(crate) control: ControlPage,
+    pub(crate) ownership: OwnershipLock,
     /// Generations hold the reading end: when this process dies, the one that the control word names serves by itself.
     pub(crate) lifeline: (PipeReader, PipeWriter),
     /// The state of the service: one duplicate of every living segment, for followers to come.
@@ -82,6 +92,7 @@ pub struct Supervisor {
     pub(crate) connections: HashSet<u64>,
     pub(crate) notices: VecDeque<(Generation, Notice)>,
     pub(crate) round: u64,
+    pub(crate) steps: Steps,
     /// An owner that died: its shim keeps the state until a successor owns.
     pub(crate) fallen: Option<Generation>,
     pub(crate) revive_at: Option<Instant>,
@@ -142,11 +153,13 @@ impl Supervisor {
             journal,
             members: BTreeMap::new(),
             control: ControlPage::create()?,
+            ownership: OwnershipLock::create()?,
             lifeline: std::io::pipe().map_err(|source| HandoverError::System { action: "make a pipe", source })?,
             segments: BTreeMap::new(),
             connections: HashSet::new(),
             notices: VecDeque::new(),
             round: 0,
+            steps: Steps::default(),
             fallen: None,
             revive_at: None,
             revive_delay: REVIVE_DELAY_MIN,
@@ -266,6 +279,7 @@ impl Supervisor {
 
     /// Publishes a new owner in the control word.
     pub(crate) fn own_word(&self, generation: Generation, orderly: bool) {
+        self.steps.take(Step::Word(generation));
         let epoch = self.control.load().epoch.wrapping_add(1);
         self.control.store(ControlWord { epoch, owner: generation.0, orderly });
     }
@@ -285,6 +299,7 @@ impl Supervisor {
         let Some(member) = self.members.get(&to) else {
             return Err(Stop::new(format!("{to} is not there any more")));
         };
+        self.steps.take(Step::Tell(to, message.name()));
         match member.channel.send(message, fds) {
             Ok(()) => Ok(()),
             Err(ChannelError::Closed) => Err(self.obituary(to)),
@@ -333,6 +348,7 @@ impl Supervisor {
         mut pick: impl FnMut(Generation, &Notice) -> Option<T>,
     ) -> Result<T, Stop> {
         let deadline = Instant::now() + limit;
+        let mut stopped = Vec::new();
         loop {
             while let Some((from, notice)) = self.notices.pop_front() {
                 if let Some(picked) = pick(from, &notice) {
@@ -357,7 +373,16 @@ impl Supervisor {
                 let limit_ms = limit.as_secs_f64() * 1e3;
                 return Err(Stop::new(format!("{} did not {what} within {limit_ms:.0} ms", involved.join(" and "))));
             }
-            self.pump(left, None);
+            let began = Instant::now();
+            self.pump(left.min(STOPPED_LOOK), None);
+            if began.elapsed() >= STOPPED_LOOK {
+                // Twice, because whoever debugs a process stops it for a moment now and then.
+                let now: Vec<Generation> = involved.iter().copied().filter(|g| self.is_stopped(*g)).collect();
+                if let Some(still) = now.iter().find(|generation| stopped.contains(*generation)) {
+                    return Err(Stop::new(format!("{still} is stopped by a signal and did not {what}")));
+                }
+                stopped = now;
+            }
         }
     }
 
@@ -403,6 +428,12 @@ impl Supervisor {
             };
             match received {
                 Ok((message, fds)) => self.route(generation, message, fds),
+                Err(error) if error.is_of_one_message() && member.garbled < GARBLED_MAX => {
+                    member.garbled += 1;
+                    let what = format!("sent what is no message: {}", with_causes(&error));
+                    tracing::warn!("{generation} of {} {what}", self.record.file.name);
+                    self.notices.push_back((generation, Notice::Failed { what }));
+                }
                 Err(error) => {
                     member.closed = true;
                     if !matches!(error, ChannelError::Closed) {
@@ -418,6 +449,7 @@ impl Supervisor {
     }
 
     fn route(&mut self, from: Generation, message: ToSupervisor, fds: Vec<OwnedFd>) {
+        self.steps.take(Step::Hear(from, message.name()));
         let notice = match message {
             ToSupervisor::Hello { protocol, schemas_read, schema_written, .. } => {
                 self.welcome(from, protocol, Greeting { schemas_read, schema_written })
@@ -480,7 +512,7 @@ impl Supervisor {
         let message = ToService::Welcome { service, generation: from.0, owner: false };
         let member = self.members.get_mut(&from)?;
         member.greeting = Some(greeting);
-        if let Err(error) = member.channel.send(&message, &[self.control.as_fd(), self.lifeline.0.as_fd()]) {
+        if let Err(error) = member.channel.send(&message, &pages(&self.control, &self.ownership, &self.lifeline.0)) {
             return Some(Notice::Failed { what: with_causes(&error) });
         }
         // It took so long to join that it was made owner as a program that does not know us.
@@ -543,6 +575,7 @@ impl Supervisor {
 
     fn forward(&mut self, message: &ToService, fds: &[BorrowedFd<'_>]) {
         for member in self.members.values_mut().filter(|member| member.follows()) {
+            self.steps.take(Step::Tell(member.id.generation, message.name()));
             if let Err(error) = member.channel.send(message, fds) {
                 let notice = match error {
                     ChannelError::Closed => Notice::Closed,
@@ -556,6 +589,15 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// What goes with `Welcome` and `NewSupervisor`.
+pub(crate) fn pages<'a>(
+    control: &'a ControlPage,
+    ownership: &'a OwnershipLock,
+    lifeline: &'a PipeReader,
+) -> [BorrowedFd<'a>; 3] {
+    [control.as_fd(), ownership.as_fd(), lifeline.as_fd()]
 }
 
 pub(crate) fn describe_exit(code: Option<i32>, signal: Option<i32>) -> String {

@@ -51,6 +51,7 @@ fn report(id: u64, service: &str) -> HandoverReport {
         started_unix_ms: START_MS,
         duration_ms: 12.5,
         phases: Vec::new(),
+        steps: Vec::new(),
         blackouts: Vec::new(),
         connections: ConnectionCounts::default(),
         state_bytes: 1 << 30,

@@ -65,6 +65,14 @@ pub struct PhaseTiming {
     pub outcome: PhaseOutcome,
 }
 
+/// One thing that the supervisor did or heard during a handover, such as `tell g2 Own`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepTiming {
+    /// Since the start of the handover.
+    pub at_us: f64,
+    pub what: String,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
@@ -175,6 +183,9 @@ pub struct HandoverReport {
     pub started_unix_ms: u64,
     pub duration_ms: f64,
     pub phases: Vec<PhaseTiming>,
+    /// Everything the supervisor did and heard, in order.
+    #[serde(default)]
+    pub steps: Vec<StepTiming>,
     /// Forward and, after a rollback, backward. Empty when the new generation never served.
     pub blackouts: Vec<Blackout>,
     pub connections: ConnectionCounts,

@@ -12,6 +12,7 @@ use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
 use warmswap_sdk::transfer::log::LogConfig;
 use warmswap_sdk::transfer::map::ResidentMap;
 use warmswap_sdk::transfer::message::{Commit, ConnectionRecord, ToService, ToSupervisor, socket_cookie};
+use warmswap_sdk::transfer::ownership::{CLAIM_AFTER, OwnershipLock};
 use warmswap_sdk::transfer::state::{NoState, State};
 use warmswap_sdk::{Event, OUTBOX_LEN_MAX, Service};
 
@@ -19,6 +20,7 @@ struct Stage<S> {
     service: Service<S>,
     channel: SupervisorChannel,
     page: ControlPage,
+    ownership: OwnershipLock,
     lifeline: (PipeReader, PipeWriter),
     epoch: u32,
 }
@@ -28,11 +30,12 @@ impl<S: State> Stage<S> {
         let (mut channel, theirs) = SupervisorChannel::pair().unwrap();
         let page = ControlPage::create().unwrap();
         let welcome = ToService::Welcome { service: "test".into(), generation: 5, owner: false };
+        let ownership = OwnershipLock::create().unwrap();
         let lifeline = std::io::pipe().unwrap();
-        channel.send(&welcome, &[page.as_fd(), lifeline.0.as_fd()]).unwrap();
+        channel.send(&welcome, &[page.as_fd(), ownership.as_fd(), lifeline.0.as_fd()]).unwrap();
         let service = Service::with_channel(state, Vec::new(), theirs).unwrap();
         assert!(matches!(channel.try_recv().unwrap().unwrap().0, ToSupervisor::Hello { .. }));
-        Self { service, channel, page, lifeline, epoch: 0 }
+        Self { service, channel, page, ownership, lifeline, epoch: 0 }
     }
 
     fn owning(state: S) -> Self {
@@ -374,4 +377,105 @@ fn an_owner_outlives_the_control_channel_and_a_follower_does_not() {
     let (channel, _) = SupervisorChannel::pair().unwrap();
     follower.channel = channel;
     assert!(matches!(follower.events()[..], [Event::ControlLost, Event::Retire { .. }]));
+}
+
+/// Polls for as long as it takes until a claim is due.
+fn wait_until_claims_are_due<S: State>(stage: &mut Stage<S>) -> Vec<Event> {
+    let until = std::time::Instant::now() + CLAIM_AFTER + Duration::from_millis(100);
+    let mut events = Vec::new();
+    while std::time::Instant::now() < until {
+        events.extend(stage.events());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    events
+}
+
+/// It yields, and the supervisor says nothing more.
+fn yielding() -> Stage<NoState> {
+    let mut stage = Stage::owning(NoState);
+    assert_eq!(stage.ownership.holder(), 5);
+    stage.tell(&ToService::Yield { handover: 9, budget_us: 1000 });
+    assert!(matches!(stage.events()[..], [Event::Quiesce { .. }]));
+    stage.service.yielded(Vec::new()).unwrap();
+    assert_eq!(stage.ownership.holder(), 0, "it gave the ownership back");
+    stage
+}
+
+#[test]
+fn who_yielded_to_a_supervisor_that_stands_still_serves_again() {
+    let mut stage = yielding();
+    let events = wait_until_claims_are_due(&mut stage);
+    assert!(matches!(events[..], [Event::BecomeOwner { handover: 9 }]), "{events:?}");
+    assert!(stage.service.may_write());
+    assert_eq!(stage.ownership.holder(), 5);
+    // The supervisor goes on and undoes the handover.
+    stage.service.serving().unwrap();
+    stage.said();
+    stage.tell(&ToService::Own { handover: 9, commit: None, connections_open: None, follow: false });
+    assert_eq!(stage.said(), [ToSupervisor::Owned { handover: 9, connections: 0 }]);
+}
+
+#[test]
+fn who_yielded_does_not_serve_again_when_another_one_does() {
+    let mut stage = yielding();
+    assert!(stage.ownership.try_acquire(6));
+    assert!(wait_until_claims_are_due(&mut stage).is_empty());
+    stage.own(None, None, false);
+    assert!(stage.events().is_empty(), "not even when it is told to");
+    assert!(
+        matches!(stage.said().last(), Some(ToSupervisor::Failed { what }) if what == "g6 serves, so this process does not")
+    );
+    assert!(!stage.service.is_owner());
+}
+
+#[test]
+fn who_is_named_by_a_supervisor_that_then_stands_still_serves() {
+    let mut stage = Stage::new(NoState);
+    stage.word(5, true);
+    let events = wait_until_claims_are_due(&mut stage);
+    assert!(matches!(events[..], [Event::BecomeOwner { .. }]), "{events:?}");
+    assert!(stage.service.may_write());
+}
+
+#[test]
+fn who_is_not_named_waits_however_long_the_supervisor_stands_still() {
+    let mut stage = yielding();
+    stage.word(6, true);
+    assert!(wait_until_claims_are_due(&mut stage).is_empty());
+    assert_eq!(stage.ownership.holder(), 0);
+}
+
+#[test]
+fn an_owner_that_had_to_hold_its_answers_back_is_told_to_send_them() {
+    let mut stage = Stage::owning(NoState);
+    stage.word(6, true);
+    assert!(!stage.service.may_write());
+    stage.own(None, None, false);
+    let events = stage.events();
+    assert!(matches!(events[..], [Event::BecomeOwner { handover: 9 }]), "{events:?}");
+    assert!(stage.service.may_write());
+}
+
+#[test]
+fn a_message_that_nobody_understands_does_not_end_the_conversation() {
+    let mut stage = Stage::owning(NoState);
+    let (mut client, fd, _) = stage.accept();
+    for garbage in [&b"\xff\xfe garbage"[..], &[0; 64], &[0xff; 4096]] {
+        send_raw(stage.channel.as_fd(), garbage);
+    }
+    assert!(matches!(
+        &stage.said()[..],
+        [ToSupervisor::Failed { .. }, ToSupervisor::Failed { .. }, ToSupervisor::Failed { .. }]
+    ));
+    stage.tell(&ToService::Follow { on: true });
+    assert!(matches!(&stage.said()[..], [ToSupervisor::Connections { .. }]));
+    std::io::Write::write_all(&mut client, b"x").unwrap();
+    drop(fd);
+}
+
+fn send_raw(fd: std::os::fd::BorrowedFd<'_>, bytes: &[u8]) {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: a live descriptor and a buffer of the stated length.
+    let sent = unsafe { libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+    assert_eq!(usize::try_from(sent).unwrap(), bytes.len());
 }

@@ -24,8 +24,8 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 /// no agent runs, a service announces its new segments here; should it die then, those that did not fit would be lost.
 const WAITING_LEN: libc::c_int = 1 << 20;
 
-/// Why a message was not sent or received. Except for [`Full`](Self::Full), [`TooLong`](Self::TooLong) and
-/// [`TooManyDescriptors`](Self::TooManyDescriptors) the conversation should be given up.
+/// Why a message was not sent or received. Where it [concerns one message](Self::is_of_one_message) the conversation can
+/// go on without it.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     #[error("the other side has closed the control channel")]
@@ -50,6 +50,22 @@ pub enum ChannelError {
         #[source]
         source: io::Error,
     },
+}
+
+impl ChannelError {
+    /// Packets keep their bounds, so one that cannot be used says nothing about the next.
+    #[must_use]
+    pub const fn is_of_one_message(&self) -> bool {
+        match self {
+            Self::Full { .. }
+            | Self::TooLong { .. }
+            | Self::TooManyDescriptors { .. }
+            | Self::DescriptorsLost
+            | Self::DescriptorCount { .. }
+            | Self::Message(_) => true,
+            Self::Closed | Self::NotAChannel | Self::System { .. } => false,
+        }
+    }
 }
 
 fn system(what: &'static str) -> impl FnOnce(io::Error) -> ChannelError {

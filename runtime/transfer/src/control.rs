@@ -5,12 +5,8 @@
 //! what makes a stale owner harmless. It is also what holds when the supervisor dies between any two steps: the
 //! process that it names goes on by itself, and the next supervisor begins with it.
 //!
-//! ```text
-//!  byte 0         8                                            16                 4096
-//!  ┌──────────────┬────────────────────────────────────────────┬──────────────────┐
-//!  │ magic        │ epoch:32 (high) | orderly:1 | owner:31     │ zero             │   memfd, 4096 bytes,
-//!  └──────────────┴────────────────────────────────────────────┴──────────────────┘   sealed FUTURE_WRITE|SHRINK|GROW|SEAL
-//! ```
+//! The word, most significant bits first: epoch (32), orderly (1), owner (31). Not here: who serves *now*, which
+//! [`crate::ownership`] says.
 
 use crate::sync::{AtomicU64, Ordering};
 
@@ -64,114 +60,67 @@ impl ControlCell {
 }
 
 #[cfg(not(loom))]
-pub use page::{ControlError, ControlPage, ControlView};
+pub use mapped::{ControlPage, ControlView};
 
 #[cfg(not(loom))]
-mod page {
-    use std::io;
-    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+mod mapped {
+    use std::os::fd::{AsFd, BorrowedFd};
 
     use super::{ControlCell, ControlWord};
-    use crate::sys::{self, Mapping};
+    use crate::page::{Kind, Page, PageError};
 
-    const PAGE_LEN: usize = 4096;
-    const MAGIC: u64 = u64::from_le_bytes(*b"WSWPCTL1");
-    const WORD_OFFSET: usize = 8;
-    const SEALS: libc::c_int = libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-
-    /// Why there is no control page.
-    #[derive(Debug, thiserror::Error)]
-    pub enum ControlError {
-        #[error("cannot {what} the control page")]
-        System {
-            what: &'static str,
-            #[source]
-            source: io::Error,
-        },
-        #[error("the descriptor is no control page: {why}")]
-        Foreign { why: &'static str },
-    }
-
-    fn system(what: &'static str) -> impl FnOnce(io::Error) -> ControlError {
-        move |source| ControlError::System { what, source }
-    }
-
-    fn cell(map: &Mapping) -> &ControlCell {
-        debug_assert_eq!(map.len(), PAGE_LEN);
-        // SAFETY: the mapping is PAGE_LEN long and page-aligned, so the cell lies inside it, aligned; it lives as
-        // long as the borrow of `map`; all access by any process is atomic.
-        unsafe { &*map.as_ptr().add(WORD_OFFSET).cast::<ControlCell>() }
-    }
+    const CONTROL_PAGE: Kind = Kind {
+        name: "control page",
+        file: c"warmswap-control",
+        magic: *b"WSWPCTL1",
+        seals: libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,
+    };
 
     /// The supervisor's side. After a restart of the supervisor the old page cannot be made writable again: create a new
-    /// one with the same word, to the epoch, and send it with `ToService::ControlPage`.
+    /// one with the same word, to the epoch, and send it with `ToService::NewSupervisor`.
     #[derive(Debug)]
-    pub struct ControlPage {
-        fd: OwnedFd,
-        map: Mapping,
-    }
+    pub struct ControlPage(Page);
 
     impl ControlPage {
         /// A page whose word is `ControlWord::default()`: nobody owns.
         ///
         /// # Errors
         /// When the kernel refuses the memfd, the mapping or the seals (`F_SEAL_FUTURE_WRITE` needs Linux 5.1).
-        pub fn create() -> Result<Self, ControlError> {
-            let fd = sys::memfd(c"warmswap-control", PAGE_LEN as u64).map_err(system("create"))?;
-            let map = Mapping::new(fd.as_fd(), PAGE_LEN, true).map_err(system("map"))?;
-            // SAFETY: the first 8 bytes of a writable page-aligned mapping that nobody else has yet.
-            unsafe { map.as_ptr().cast::<u64>().write(MAGIC) };
-            sys::add_seals(fd.as_fd(), SEALS).map_err(system("seal"))?;
-            Ok(Self { fd, map })
+        pub fn create() -> Result<Self, PageError> {
+            Page::create(&CONTROL_PAGE).map(Self)
         }
 
         pub fn store(&self, word: ControlWord) {
-            cell(&self.map).store(word);
+            self.0.word::<ControlCell>().store(word);
         }
 
         #[must_use]
         pub fn load(&self) -> ControlWord {
-            cell(&self.map).load()
+            self.0.word::<ControlCell>().load()
         }
     }
 
     /// The descriptor to send: its holders can only read.
     impl AsFd for ControlPage {
         fn as_fd(&self) -> BorrowedFd<'_> {
-            self.fd.as_fd()
+            self.0.as_fd()
         }
     }
 
-    /// A service's side.
+    /// A service's side. Its descriptor is held for a supervisor that has lost every other (see `WARMSWAP_RESCUE_FD`).
     #[derive(Debug)]
-    pub struct ControlView {
-        map: Mapping,
-        /// Held for a supervisor that has lost every other (see `WARMSWAP_RESCUE_FD`).
-        _fd: OwnedFd,
-    }
+    pub struct ControlView(Page);
 
     impl ControlView {
         /// # Errors
-        /// [`ControlError::Foreign`] when size, seals or magic are not those of a control page.
-        pub fn map(fd: BorrowedFd<'_>) -> Result<Self, ControlError> {
-            let seals = sys::seals(fd).map_err(|_| ControlError::Foreign { why: "it cannot be sealed" })?;
-            if seals & SEALS != SEALS {
-                return Err(ControlError::Foreign { why: "seals are missing" });
-            }
-            if sys::len(fd).map_err(system("measure"))? != PAGE_LEN as u64 {
-                return Err(ControlError::Foreign { why: "it is not one page long" });
-            }
-            let map = Mapping::new(fd, PAGE_LEN, false).map_err(system("map"))?;
-            // SAFETY: the first 8 bytes of a page-aligned mapping that is sealed at this length.
-            if unsafe { map.as_ptr().cast::<u64>().read_volatile() } != MAGIC {
-                return Err(ControlError::Foreign { why: "the magic differs" });
-            }
-            Ok(Self { map, _fd: fd.try_clone_to_owned().map_err(system("duplicate"))? })
+        /// [`PageError::Foreign`] when size, seals or magic are not those of a control page.
+        pub fn map(fd: BorrowedFd<'_>) -> Result<Self, PageError> {
+            Page::open(fd, &CONTROL_PAGE, false).map(Self)
         }
 
         #[must_use]
         pub fn load(&self) -> ControlWord {
-            cell(&self.map).load()
+            self.0.word::<ControlCell>().load()
         }
     }
 
@@ -189,22 +138,12 @@ mod page {
                 page.store(word);
                 assert_eq!(view.load(), word);
             }
-            let writable = Mapping::new(page.as_fd(), PAGE_LEN, true).expect_err("a second writable mapping");
-            assert_eq!(writable.raw_os_error(), Some(libc::EPERM));
-        }
-
-        #[test]
-        fn anything_else_is_refused() {
-            let unsealed = sys::memfd(c"x", PAGE_LEN as u64).unwrap();
-            assert!(matches!(ControlView::map(unsealed.as_fd()), Err(ControlError::Foreign { .. })));
-            let long = sys::memfd(c"x", 2 * PAGE_LEN as u64).unwrap();
-            sys::add_seals(long.as_fd(), SEALS).unwrap();
-            assert!(matches!(ControlView::map(long.as_fd()), Err(ControlError::Foreign { .. })));
-            let blank = sys::memfd(c"x", PAGE_LEN as u64).unwrap();
-            sys::add_seals(blank.as_fd(), SEALS).unwrap();
-            assert!(matches!(ControlView::map(blank.as_fd()), Err(ControlError::Foreign { .. })));
-            let null = std::fs::File::open("/dev/null").unwrap();
-            assert!(matches!(ControlView::map(null.as_fd()), Err(ControlError::Foreign { .. })));
+            let writable = Page::open(page.as_fd(), &CONTROL_PAGE, true).expect_err("a second writable mapping");
+            assert!(
+                matches!(&writable, PageError::System { source, .. }
+                if source.raw_os_error() == Some(libc::EPERM)),
+                "{writable}"
+            );
         }
     }
 }

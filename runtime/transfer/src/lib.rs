@@ -1,5 +1,6 @@
 //! What moves between the generations of a service: state in shared memory ([`log`], [`map`]), descriptors and
-//! messages over a socket ([`channel`], [`message`]), and the one word that says who owns the service ([`control`]).
+//! messages over a socket ([`channel`], [`message`]), and the two words that say who is to own the service ([`control`]) and who
+//! does ([`ownership`]).
 //!
 //! Not here: who may own and when (`handover`), and what a service's event loop does about it (`sdk`).
 //!
@@ -15,6 +16,9 @@ pub mod log;
 pub mod map;
 #[cfg(not(loom))]
 pub mod message;
+pub mod ownership;
+#[cfg(not(loom))]
+pub mod page;
 #[cfg(not(loom))]
 mod pool;
 pub mod publication;

@@ -9,7 +9,7 @@
 //! ```text
 //!           owner                         supervisor                        follower
 //!   start                                                    ◀── Hello, Ready
-//!                                         Welcome{owner: false} + page ──▶
+//!                                         Welcome{owner: false} + pages ─▶
 //!   SYNC                                  Segment{i} + fd ─────────────▶   (every segment it holds)
 //!           ◀── Follow{on}
 //!           Connections{…} + fds ──▶      checks cookies, forwards ─────▶  (registers, touches none)
@@ -88,12 +88,12 @@ pub struct ConnectionRecord {
 /// From the supervisor to a process of the service.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 pub enum ToService {
-    /// Answer to `Hello`. Two descriptors: the control page, and the reading end of a pipe whose other end closes when
-    /// the supervisor dies. `owner`: this process owns the service from the start (its
+    /// Answer to `Hello`. Three descriptors: the control page, the ownership page, and the reading end of a pipe whose other
+    /// end closes when the supervisor dies. `owner`: this process owns the service from the start (its
     /// first generation); it behaves as if `Own` with no commit had followed.
     Welcome { service: String, generation: u32, owner: bool },
-    /// Two descriptors as with `Welcome`, which replace the ones before (the supervisor was restarted).
-    ControlPage,
+    /// The supervisor was restarted. Three descriptors as with `Welcome`, which replace the ones before.
+    NewSupervisor,
     /// One descriptor: segment `index` of the state log.
     Segment { index: u64 },
     /// The owner no longer needs segment `index`: follow up to what is committed, then unmap it.
@@ -119,7 +119,9 @@ pub enum ToService {
     /// `orderly`, an owner died with whatever it had read and not answered: connections are closed, because a client can
     /// deal with an end but not with an answer that never comes.
     ///
-    /// A process that the word names when the supervisor dies behaves as if `Own` without commit and number had come.
+    /// Whoever is told to own takes the ownership lock first, and fails when somebody holds it. A process that the word
+    /// names behaves as if `Own` without commit and number had come when the supervisor dies, or says nothing for
+    /// `ownership::CLAIM_AFTER`, and the lock is free.
     Own { handover: u64, commit: Option<Commit>, connections_open: Option<u64>, follow: bool },
     /// Finish within `drain_ms` milliseconds, answer `Drained` and exit.
     Retire { drain_ms: u64 },
@@ -198,6 +200,8 @@ pub trait Message: Sized + fmt::Debug {
     fn decode(bytes: &[u8]) -> Result<Self, MessageError>;
     /// How many descriptors must come with this message.
     fn descriptors(&self) -> usize;
+    /// Which message it is, for logs and reports.
+    fn name(&self) -> &'static str;
 }
 
 fn attached(records: &[ConnectionRecord]) -> usize {
@@ -215,10 +219,26 @@ impl Message for ToService {
 
     fn descriptors(&self) -> usize {
         match self {
-            Self::Welcome { .. } | Self::ControlPage => 2,
+            Self::Welcome { .. } | Self::NewSupervisor => 3,
             Self::Segment { .. } => 1,
             Self::Connections { records } => attached(records),
             _ => 0,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Welcome { .. } => "Welcome",
+            Self::NewSupervisor => "NewSupervisor",
+            Self::Segment { .. } => "Segment",
+            Self::SegmentRetired { .. } => "SegmentRetired",
+            Self::Follow { .. } => "Follow",
+            Self::Connections { .. } => "Connections",
+            Self::ConnectionsClosed { .. } => "ConnectionsClosed",
+            Self::CaughtUp { .. } => "CaughtUp",
+            Self::Yield { .. } => "Yield",
+            Self::Own { .. } => "Own",
+            Self::Retire { .. } => "Retire",
         }
     }
 }
@@ -237,6 +257,22 @@ impl Message for ToSupervisor {
             Self::Segment { .. } => 1,
             Self::Connections { records } => attached(records),
             _ => 0,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Hello { .. } => "Hello",
+            Self::Ready => "Ready",
+            Self::Segment { .. } => "Segment",
+            Self::SegmentRetired { .. } => "SegmentRetired",
+            Self::Connections { .. } => "Connections",
+            Self::ConnectionsClosed { .. } => "ConnectionsClosed",
+            Self::CaughtUp { .. } => "CaughtUp",
+            Self::Yielded { .. } => "Yielded",
+            Self::Owned { .. } => "Owned",
+            Self::Drained => "Drained",
+            Self::Failed { .. } => "Failed",
         }
     }
 }

@@ -8,6 +8,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
 use warmswap_transfer::control::{ControlCell, ControlWord};
+use warmswap_transfer::ownership::OwnershipCell;
 use warmswap_transfer::publication::CommitCell;
 
 /// Bytes of a segment as cells that loom watches: an unsynchronised read of one is an error of the model.
@@ -109,5 +110,55 @@ fn at_no_time_do_two_processes_both_find_themselves_owner_after_the_yield() {
         // Yielded, read by the supervisor:
         word.store(ControlWord { epoch: 2, owner: 2, orderly: true });
         new.join().unwrap();
+    });
+}
+
+#[test]
+fn of_two_generations_that_help_themselves_one_serves_and_sees_what_was_published() {
+    // The owner appends, publishes and yields; then the supervisor stands still, and both it and its heir find that their
+    // time has come.
+    loom::model(|| {
+        let memory = Arc::new(Memory::new());
+        let lock = Arc::new(OwnershipCell::new());
+        assert!(lock.try_acquire(1));
+        let serving = Arc::new(UnsafeCell::new(0_u32));
+        let serve = |memory: &Memory, lock: &OwnershipCell, serving: &UnsafeCell<u32>, generation: u32| {
+            if !lock.try_acquire(generation) {
+                return false;
+            }
+            // SAFETY: loom checks that nobody else serves at the same time.
+            serving.with_mut(|serving| unsafe { *serving = generation });
+            assert_eq!(memory.read_committed()[0], 10, "everything the last holder published");
+            assert!(lock.release(generation));
+            true
+        };
+        let old = {
+            let (memory, lock, serving) = (Arc::clone(&memory), Arc::clone(&lock), Arc::clone(&serving));
+            thread::spawn(move || {
+                memory.write(0, 10);
+                memory.commit.publish(1);
+                assert!(lock.release(1));
+                serve(&memory, &lock, &serving, 1)
+            })
+        };
+        let heir = serve(&memory, &lock, &serving, 2);
+        let old = old.join().unwrap();
+        assert!(old || heir, "somebody serves");
+        assert_eq!(lock.holder(), 0);
+    });
+}
+
+#[test]
+fn a_supervisor_that_frees_the_lock_of_a_dead_generation_takes_it_from_nobody_else() {
+    loom::model(|| {
+        let lock = Arc::new(OwnershipCell::new());
+        assert!(lock.try_acquire(1));
+        let supervisor = {
+            let lock = Arc::clone(&lock);
+            thread::spawn(move || (lock.release(1), lock.release(1)))
+        };
+        let heir = lock.try_acquire(2);
+        assert_eq!(supervisor.join().unwrap(), (true, false));
+        assert_eq!(lock.holder(), if heir { 2 } else { 0 });
     });
 }

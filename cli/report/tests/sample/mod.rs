@@ -46,6 +46,7 @@ fn handover(id: u64, at_s: f64, images: (&str, &str), verdict: Verdict, phases: 
         started_unix_ms: START + (at_s * 1e3) as u64,
         duration_ms: phases.iter().map(|p| p.duration_us).sum::<f64>() / 1e3,
         phases,
+        steps: Vec::new(),
         blackouts: Vec::new(),
         connections: ConnectionCounts { sent: 1000, received: 1000, closed_meanwhile: 0 },
         state_bytes: 64 << 20,

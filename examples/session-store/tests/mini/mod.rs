@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use warmswap_sdk::transfer::channel::{ChannelError, SupervisorChannel};
 use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
 use warmswap_sdk::transfer::message::{Commit, ToService, ToSupervisor, socket_cookie};
+use warmswap_sdk::transfer::ownership::OwnershipLock;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const LISTENER_FD: RawFd = 3;
@@ -66,11 +67,13 @@ impl Mini {
     pub fn start(program: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let page = ControlPage::create().unwrap();
+        let ownership = OwnershipLock::create().unwrap();
         let lifeline = std::io::pipe().unwrap();
-        let owner = spawn(program, &listener, [page.as_fd(), lifeline.0.as_fd()], 1);
+        let owner = spawn(program, &listener, [page.as_fd(), ownership.as_fd(), lifeline.0.as_fd()], 1);
         let mut mini = Self {
             listener,
             page,
+            ownership,
             lifeline,
             epoch: 0,
             generation: 1,
@@ -109,7 +112,8 @@ impl Mini {
     /// WARM and SYNC: a follower that has everything.
     pub fn add_follower(&mut self, program: &str) {
         self.generation += 1;
-        let follower = spawn(program, &self.listener, [self.page.as_fd(), self.lifeline.0.as_fd()], self.generation);
+        let shared = [self.page.as_fd(), self.ownership.as_fd(), self.lifeline.0.as_fd()];
+        let follower = spawn(program, &self.listener, shared, self.generation);
         self.drain_owner();
         for (index, fd) in &self.segments {
             follower.channel.send(&ToService::Segment { index: *index }, &[fd.as_fd()]).unwrap();
@@ -274,7 +278,7 @@ impl Mini {
 }
 
 /// Starts a program as the agent does: listener as descriptor 3, control channel as 4.
-fn spawn(program: &str, listener: &TcpListener, welcome_fds: [BorrowedFd<'_>; 2], generation: u32) -> Member {
+fn spawn(program: &str, listener: &TcpListener, welcome_fds: [BorrowedFd<'_>; 3], generation: u32) -> Member {
     let (mut channel, theirs) = SupervisorChannel::pair().unwrap();
     let theirs = theirs.into_fd();
     let (listener, control) = (listener.as_raw_fd(), theirs.as_raw_fd());

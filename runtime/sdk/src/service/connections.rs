@@ -7,13 +7,13 @@ use warmswap_transfer::control::ControlWord;
 use warmswap_transfer::message::{CARRY_LEN_MAX, ConnectionRecord, ToSupervisor, socket_cookie, split_connections};
 use warmswap_transfer::state::State;
 
-use super::{Event, Known, RESEND_PER_POLL, Role, SdkError, Service};
+use super::{Event, Known, Link, RESEND_PER_POLL, Role, SdkError, Service};
 
 impl<S: State> Service<S> {
     /// What becomes of connections whose owner did not hand them over in order; see `ToService::Own`.
     pub(super) fn settle_connections(&mut self, connections_open: Option<u64>) {
         let yielded = self.yielded.take();
-        let word = self.link.as_ref().map_or_else(ControlWord::default, |link| link.page.load());
+        let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
         match yielded.filter(|yielded| word == yielded.word && connections_open.is_none()) {
             // Nobody served since.
             Some(yielded) => {

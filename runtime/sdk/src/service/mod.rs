@@ -1,7 +1,9 @@
 //! One process of a service: its role, and the conversation with the supervisor.
 
 mod connections;
+mod ownership;
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -9,9 +11,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use warmswap_transfer::channel::{ChannelError, ServiceChannel};
-use warmswap_transfer::control::{ControlError, ControlView, ControlWord};
+use warmswap_transfer::control::{ControlView, ControlWord};
 use warmswap_transfer::log::LogError;
-use warmswap_transfer::message::{CARRY_LEN_MAX, Commit, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
+use warmswap_transfer::message::{
+    CARRY_LEN_MAX, Commit, Message as _, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
+};
+use warmswap_transfer::ownership::OwnershipLock;
+use warmswap_transfer::page::PageError;
 use warmswap_transfer::state::{SegmentNotice, State};
 
 use crate::environment::{self, Listener};
@@ -53,8 +59,8 @@ pub enum SdkError {
     Unexpected { got: &'static str },
     #[error("the conversation with the supervisor broke")]
     Channel(#[from] ChannelError),
-    #[error("the control page cannot be used")]
-    Control(#[from] ControlError),
+    #[error("what the supervisor shares cannot be used")]
+    Page(#[from] PageError),
     #[error("the state cannot be used")]
     State(#[from] LogError),
 }
@@ -88,16 +94,41 @@ enum Role {
 #[derive(Debug)]
 struct Link {
     channel: ServiceChannel,
-    page: ControlView,
-    /// Closed at the other end when the supervisor dies.
-    supervisor: OwnedFd,
+    shared: Shared,
     generation: u32,
     lost: bool,
 }
 
+/// What the supervisor shares with every generation of the service.
+#[derive(Debug)]
+struct Shared {
+    page: ControlView,
+    ownership: OwnershipLock,
+    /// Closed at the other end when the supervisor dies.
+    supervisor: OwnedFd,
+}
+
+impl Shared {
+    /// The channel has checked how many descriptors came.
+    fn new(fds: Vec<OwnedFd>) -> Result<Self, SdkError> {
+        let [page, ownership, supervisor] =
+            <[OwnedFd; 3]>::try_from(fds).map_err(|_| SdkError::Unexpected { got: "half a greeting" })?;
+        let (page, ownership) = (ControlView::map(page.as_fd())?, OwnershipLock::map(ownership.as_fd())?);
+        Ok(Self { page, ownership, supervisor })
+    }
+}
+
 impl Link {
+    fn word(&self) -> ControlWord {
+        self.shared.page.load()
+    }
+
+    fn is_named(&self) -> bool {
+        self.word().owner == self.generation
+    }
+
     fn supervisor_is_dead(&self) -> bool {
-        let mut entry = libc::pollfd { fd: self.supervisor.as_raw_fd(), events: 0, revents: 0 };
+        let mut entry = libc::pollfd { fd: self.shared.supervisor.as_raw_fd(), events: 0, revents: 0 };
         // SAFETY: one live entry. Nothing is ever written, so whatever is reported is the end of the other side.
         unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
     }
@@ -139,6 +170,10 @@ pub struct Service<S> {
     quiescing: Option<(u64, Instant)>,
     serving_for: Option<u64>,
     yielded: Option<Yielded>,
+    /// Since when the control word names this follower.
+    named_since: Option<Instant>,
+    /// As owner it was told that it may not write.
+    silenced: Cell<bool>,
     /// Connections for which a follower may hold a carry of a handover that was given up.
     stale_carry: HashSet<u64>,
     /// Carries of which pieces are still to come.
@@ -191,13 +226,9 @@ impl<S: State> Service<S> {
         channel.send(&ToSupervisor::Hello { protocol: PROTOCOL_VERSION, sdk, schemas_read, schema_written }, &[])?;
         let (welcome, fds) = channel.recv_timeout(WELCOME_TIME_MAX)?.ok_or(SdkError::NoWelcome)?;
         let ToService::Welcome { service: _, generation, owner } = welcome else {
-            return Err(SdkError::Unexpected { got: name_of(&welcome) });
+            return Err(SdkError::Unexpected { got: welcome.name() });
         };
-        // The channel has checked that both descriptors are there.
-        let [page, supervisor] =
-            <[OwnedFd; 2]>::try_from(fds).map_err(|_| SdkError::Unexpected { got: "half a Welcome" })?;
-        let page = ControlView::map(page.as_fd())?;
-        let link = Link { channel, page, supervisor, generation, lost: false };
+        let link = Link { channel, shared: Shared::new(fds)?, generation, lost: false };
         let mut service = Self::assemble(state, listeners, Some(link));
         if owner {
             service.own(0, None, None, false);
@@ -222,6 +253,8 @@ impl<S: State> Service<S> {
             quiescing: None,
             serving_for: None,
             yielded: None,
+            named_since: None,
+            silenced: Cell::new(false),
             stale_carry: HashSet::new(),
             pieces: HashMap::new(),
             state_broken: false,
@@ -270,7 +303,14 @@ impl<S: State> Service<S> {
     /// To be asked before anything leaves that a client can see: one load of the control word.
     #[must_use]
     pub fn may_write(&self) -> bool {
-        self.role == Role::Owner && self.link.as_ref().is_none_or(|link| link.page.load().owner == link.generation)
+        if self.role != Role::Owner {
+            return false;
+        }
+        let named = self.link.as_ref().is_none_or(Link::is_named);
+        if !named {
+            self.silenced.set(true);
+        }
+        named
     }
 
     /// How long the loop may sleep before it calls [`Self::poll`] again, whatever happens to its descriptors.
@@ -312,6 +352,7 @@ impl<S: State> Service<S> {
     /// # Errors
     /// When the conversation broke.
     pub fn drained(&mut self) -> Result<(), SdkError> {
+        self.release_ownership();
         self.tell(ToSupervisor::Drained, Vec::new())
     }
 
@@ -402,8 +443,9 @@ impl<S: State> Service<S> {
         self.state.become_follower();
         self.role = Role::Follower;
         self.follow = false;
-        let word = self.link.as_ref().map_or_else(ControlWord::default, |link| link.page.load());
+        let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
         self.yielded = Some(Yielded { handover, carry: kept, word });
+        self.release_ownership();
         let connections_open = self.connections.len() as u64;
         self.outbox.push(ToSupervisor::Yielded { handover, commit, connections_open }, Vec::new());
         let Some(link) = self.link.as_ref() else { return Ok(()) };
@@ -431,6 +473,9 @@ impl<S: State> Service<S> {
                     }
                 }
                 Err(ChannelError::Closed) => self.lose(),
+                // Whoever sent it, it was one packet: the next one can be understood again. Should it have stood for
+                // something, the handover does without and is called off.
+                Err(error) if error.is_of_one_message() => self.fail(describe(&error)),
                 Err(error) => {
                     self.lose();
                     return Err(error.into());
@@ -451,43 +496,6 @@ impl<S: State> Service<S> {
         self.flush()
     }
 
-    /// A supervisor that dies in the blackout leaves a process that yielded, or was to become owner and never heard of it.
-    /// The one that the control word names serves: nobody can change the word any more, and the next supervisor begins
-    /// with the process that it names.
-    ///
-    /// Nobody else is needed any more: a follower would only keep connections open that the owner closes, and so would
-    /// what an owner goes on sending to it.
-    fn outlive_supervisor(&mut self) {
-        let concerned = match self.role {
-            Role::Owner => self.follow,
-            Role::Follower => !self.leaving,
-        };
-        let Some(link) = self.link.as_ref().filter(|link| concerned && !link.lost) else { return };
-        if !link.supervisor_is_dead() {
-            return;
-        }
-        let named = link.page.load().owner == link.generation;
-        match self.role {
-            Role::Owner => {
-                self.follow = false;
-                self.resend.clear();
-                self.opened.clear();
-                self.closed.clear();
-                self.outbox.forget_connections();
-            }
-            Role::Follower if named && !self.state_broken => {
-                let handover = self.yielded.as_ref().map_or(0, |yielded| yielded.handover);
-                self.own(handover, None, None, false);
-                // Said once, as with the log.
-                self.state_broken = self.role == Role::Follower;
-            }
-            Role::Follower => {
-                self.leaving = true;
-                self.events.push_back(Event::Retire { deadline: Instant::now() });
-            }
-        }
-    }
-
     fn follow_log(&mut self) {
         if self.state_broken {
             return;
@@ -502,10 +510,13 @@ impl<S: State> Service<S> {
     fn handle(&mut self, message: ToService, fds: Vec<OwnedFd>) -> Result<(), SdkError> {
         match message {
             ToService::Welcome { .. } => {}
-            ToService::ControlPage => {
-                if let (Some(link), Ok([page, supervisor])) = (self.link.as_mut(), <[OwnedFd; 2]>::try_from(fds)) {
-                    link.page = ControlView::map(page.as_fd())?;
-                    link.supervisor = supervisor;
+            ToService::NewSupervisor => {
+                if let Some(link) = self.link.as_mut() {
+                    link.shared = Shared::new(fds)?;
+                    if self.role == Role::Owner {
+                        // The same lock as before, unless nobody had kept it.
+                        link.shared.ownership.try_acquire(link.generation);
+                    }
                 }
             }
             ToService::Segment { index } => {
@@ -569,27 +580,6 @@ impl<S: State> Service<S> {
             }
         }
         Ok(())
-    }
-
-    fn own(&mut self, handover: u64, commit: Option<Commit>, connections_open: Option<u64>, follow: bool) {
-        if self.role == Role::Owner {
-            // Owns already: a handover was called off before it yielded, or a new supervisor makes sure.
-            self.quiescing = None;
-            self.events.retain(|event| !matches!(event, Event::Quiesce { .. }));
-            let answer = ToSupervisor::Owned { handover, connections: self.connections.len() as u64 };
-            self.outbox.push(answer, Vec::new());
-            return;
-        }
-        if let Err(error) = self.state.become_owner(commit) {
-            self.fail(describe(&error));
-            return;
-        }
-        self.role = Role::Owner;
-        self.pieces.clear();
-        self.settle_connections(connections_open);
-        self.follow = follow;
-        self.serving_for = Some(handover);
-        self.events.push_back(Event::BecomeOwner { handover });
     }
 
     fn answer_caught_up(&mut self) -> Result<(), SdkError> {
@@ -660,22 +650,6 @@ impl<S: State> Service<S> {
         // SAFETY: an option that the kernel does not know: it looks at no argument and returns EINVAL. The probes see
         // the call.
         unsafe { libc::prctl(MARK_OPTION, mark, handover as libc::c_ulong, libc::c_ulong::from(link.generation), 0) };
-    }
-}
-
-fn name_of(message: &ToService) -> &'static str {
-    match message {
-        ToService::Welcome { .. } => "Welcome",
-        ToService::ControlPage => "ControlPage",
-        ToService::Segment { .. } => "Segment",
-        ToService::SegmentRetired { .. } => "SegmentRetired",
-        ToService::Follow { .. } => "Follow",
-        ToService::Connections { .. } => "Connections",
-        ToService::ConnectionsClosed { .. } => "ConnectionsClosed",
-        ToService::CaughtUp { .. } => "CaughtUp",
-        ToService::Yield { .. } => "Yield",
-        ToService::Own { .. } => "Own",
-        ToService::Retire { .. } => "Retire",
     }
 }
 
