@@ -194,13 +194,14 @@ fn turn() -> Result<File> {
     Ok(file)
 }
 
-/// One of our programs: where `cargo xtask test` says, or beside the test program (`target/release/deps/…`).
+/// One of our programs: where `cargo xtask test` says, or beside this program or the folder of it (`target/release/deps`).
 ///
 /// # Errors
 /// When it is not there.
 pub fn program(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("cannot tell where the test program lies")?;
-    let beside = own.parent().and_then(Path::parent).map(Path::to_owned);
+    // A test program lies in `deps`, one folder deeper than programs do.
+    let beside = own.ancestors().skip(1).take(2).map(Path::to_owned);
     let told = std::env::var_os("WARMSWAP_BIN_DIR").map(PathBuf::from);
     let folders: Vec<PathBuf> = told.into_iter().chain(beside).collect();
     let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());

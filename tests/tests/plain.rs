@@ -107,3 +107,30 @@ fn a_program_that_does_not_know_us_loses_no_request_and_the_report_says_what_doe
     });
     store.finish().unwrap();
 }
+
+#[test]
+fn a_handover_does_not_wait_for_older_generations_that_still_drain() {
+    needs!("a_handover_does_not_wait_for_older_generations_that_still_drain", Requirement::Containers);
+    let store = Store::start_with(NAME, |store| {
+        let v1 = image(store, "v1");
+        store.file("first", &Settings { handover: LENIENT, ..Settings::new(&v1) })
+    })
+    .unwrap();
+    let (v1, v2) = (store.ground().path("images").join("v1"), image(&store, "v2"));
+    let mut held = vec![(Client::connect(store.address()).unwrap(), "v1")];
+    assert_eq!(held[0].0.ask().unwrap(), "v1");
+    for (version, image) in [("v2", &v2), ("v1", &v1), ("v2", &v2)] {
+        let update = store.hand_over(&["update", NAME, "--image", &image.to_string_lossy()]).unwrap();
+        assert_eq!(update.verdict(), "committed", "{}\n{}", update.reason(), store.log());
+        held.push((Client::connect(store.address()).unwrap(), version));
+        for (client, version) in &mut held {
+            assert_eq!(client.ask().unwrap(), *version, "whoever is connected is answered by its generation");
+        }
+    }
+    let status = store.status().unwrap();
+    let roles = status["generations"].as_array().unwrap().iter().map(|member| &member["role"]).collect::<Vec<_>>();
+    assert_eq!(roles, ["draining", "draining", "draining", "owner"], "{status}");
+    drop(held);
+    eventually("the older ones have drained", PATIENCE, || generations(&store) == 1);
+    store.finish().unwrap();
+}

@@ -6,10 +6,10 @@ use crate::lock;
 
 /// 32 MiB of u32: beyond the private caches of any CPU this runs on.
 const ENTRIES: usize = 8 << 20;
-/// Loads of one measurement; about 2 ms.
-const STEPS: usize = 16_384;
+/// Loads of one measurement; about a quarter of a millisecond. It is done in the middle of handovers, on CPUs that others need.
+const STEPS: usize = 2_048;
 /// Measurements of which the median counts.
-const REPEATS: usize = 3;
+const REPEATS: usize = 5;
 
 struct Ring {
     next: Vec<u32>,

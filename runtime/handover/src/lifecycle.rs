@@ -17,6 +17,8 @@ use crate::supervisor::{
 
 /// A program that has not spoken this long after its start does not link the SDK.
 const GREETING_TIME_MAX: Duration = Duration::from_secs(3);
+/// The same where the owner links it: its successor most likely does as well, and is only slow.
+const GREETING_TIME_MAX_EXPECTED: Duration = Duration::from_secs(10);
 /// Share of CPU of a generation that does not serve, against 100 for one that does.
 const SHADOW_CPU_WEIGHT: u32 = 20;
 const OWNER_CPU_WEIGHT: u32 = 100;
@@ -139,6 +141,8 @@ impl Supervisor {
     fn await_ready(&mut self, generation: Generation) -> Result<(), HandoverError> {
         let began = Instant::now();
         let warm_max = Duration::from_secs_f64(self.record.file.handover.warm_s_max);
+        let expected = self.owner().and_then(|owner| self.members.get(&owner)).is_some_and(Member::cooperates);
+        let greeting_max = if expected { GREETING_TIME_MAX_EXPECTED } else { GREETING_TIME_MAX };
         loop {
             self.pump(Duration::from_millis(20), None);
             self.notices.retain(|(from, _)| *from != generation);
@@ -157,7 +161,7 @@ impl Supervisor {
                     _ if closed && greeted => {
                         return Err(self.generation_error(generation, "closed its control channel while it started"));
                     }
-                    _ if !greeted && began.elapsed() >= GREETING_TIME_MAX.min(warm_max) => {
+                    _ if !greeted && began.elapsed() >= greeting_max.min(warm_max) => {
                         tracing::info!("{generation} of {} does not link the SDK", self.service());
                         return Ok(());
                     }

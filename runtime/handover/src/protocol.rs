@@ -14,7 +14,7 @@
 
 use std::time::{Duration, Instant};
 
-use warmswap_backend::{BackendError, ContainerState};
+use warmswap_backend::{BackendError, ContainerState, Limits};
 use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
     Rung, Trigger, Verdict, with_causes,
@@ -32,6 +32,8 @@ use crate::supervisor::{Notice, Stop, Supervisor};
 const BASELINE: Duration = Duration::from_secs(10);
 /// How often VERIFY looks.
 const VERIFY_STEP: Duration = Duration::from_millis(200);
+/// Share of CPU of a shadow that is about to serve, against 100 for one that does: in the blackout it waits for nobody.
+const SWITCH_CPU_WEIGHT: u32 = 1000;
 /// VERIFY ends after this many times its shortest duration, whatever was seen.
 const VERIFY_STRETCH: f64 = 10.0;
 /// SYNC repeats until a round adds nothing, at most this often.
@@ -237,10 +239,12 @@ impl Supervisor {
         self.connections.clear();
         attempt.undo.push(Undo::StopFollowing);
         self.tell(from, &ToService::Follow { on: true }, &[])?;
-        // Before the last round, because both take milliseconds in which the log grows.
+        // The bulk, with a shadow's small share of the CPU: the owner serves meanwhile.
+        self.catch_up_round(from, to, deadline)?;
+        // Before the last rounds, because both take milliseconds in which the log grows.
         self.activate(plan, to);
         attempt.before = self.conditions.measure(&self.record.file.name, BASELINE);
-        let rounds = self.catch_up(from, to, deadline)?;
+        let rounds = 1 + self.catch_up(from, to, deadline)?;
         let mb = attempt.state_bytes as f64 / f64::from(1 << 20);
         Ok(format!("{mb:.0} MiB of state mapped, {} connections, {rounds} rounds", self.connections.len()))
     }
@@ -285,11 +289,20 @@ impl Supervisor {
 
     /// The reservation stops being held and is the shadow's: CPUs, weight. Before QUIESCE, because a cgroup write may wait.
     pub(crate) fn activate(&self, plan: &Plan, to: Generation) {
-        self.steps.take(Step::Backend("set limits of", to));
         let cpus = plan.shadow_cpus.as_ref().and_then(|_| self.backend.capacity().ok());
-        let limits = self.owner_limits(cpus.map(|capacity| (0..capacity.cpus).collect()));
-        if let Err(error) = self.backend.set_limits(&self.container(to), &limits) {
-            tracing::warn!("the reservation of {to} is not active: {}", with_causes(&error));
+        let cpus = cpus.map(|capacity| (0..capacity.cpus).collect());
+        self.limit(to, &Limits { cpu_weight: Some(SWITCH_CPU_WEIGHT), cpus, ..Limits::default() });
+    }
+
+    /// A share of the CPU like any other service's, after the switch.
+    fn settle_down(&self, owner: Generation) {
+        self.limit(owner, &self.owner_limits(None));
+    }
+
+    fn limit(&self, generation: Generation, limits: &Limits) {
+        self.steps.take(Step::Backend("set limits of", generation));
+        if let Err(error) = self.backend.set_limits(&self.container(generation), limits) {
+            tracing::warn!("the limits of {generation} stay as they were: {}", with_causes(&error));
         }
     }
 
@@ -309,8 +322,8 @@ impl Supervisor {
                     s.tell_own(to, a.handover, None, None, false)?;
                     s.await_owned(to, a.handover)?;
                 }
-                s.set_role(to, Role::Owner);
-                s.set_role(from, Role::Parked);
+                s.exchange_roles(from, to);
+                s.say_members();
                 Ok(format!("{to} accepts beside {from}"))
             });
         }
@@ -423,12 +436,13 @@ impl Supervisor {
             .promoted(handover, to, self.greeting_of(to))
             .map_err(|error| SwitchError::Before { began: told, stop: Stop::new(with_causes(&error)) })?;
         self.own_word(to, true);
+        // At once: from here on the new owner may serve, whether it says so or not, and what it writes must reach the old one.
+        self.exchange_roles(from, to);
         let after = |stop| SwitchError::After { began: checked, stop };
         self.tell_own(to, handover, commit, Some(connections_open), true).map_err(after)?;
         let connections_adopted = self.await_owned(to, handover).map_err(after)?;
         let owned = Instant::now();
-        self.set_role(from, Role::Parked);
-        self.set_role(to, Role::Owner);
+        self.say_members();
         if connections_adopted != connections_open {
             let reason = format!("{to} serves {connections_adopted} of {connections_open} connections");
             return Err(after(Stop::new(reason)));
@@ -438,6 +452,7 @@ impl Supervisor {
 
     fn verify(&mut self, attempt: &mut Attempt) -> Result<String, Stop> {
         let to = attempt.to;
+        self.settle_down(to);
         let began = Instant::now();
         let limits = self.record.file.handover;
         let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);

@@ -291,6 +291,15 @@ impl Supervisor {
         self.say_members();
     }
 
+    /// `to` owns now and `from` is parked. Says it to nobody: this is a part of the blackout.
+    pub(crate) fn exchange_roles(&mut self, from: Generation, to: Generation) {
+        for (generation, role) in [(from, Role::Parked), (to, Role::Owner)] {
+            if let Some(member) = self.members.get_mut(&generation) {
+                member.role = role;
+            }
+        }
+    }
+
     pub(crate) fn say_members(&self) {
         self.conditions.watch(&self.record.file.name, self.ground.cgroup, &self.members());
     }
@@ -419,31 +428,40 @@ impl Supervisor {
     }
 
     pub(crate) fn read_all(&mut self, generation: Generation) {
-        loop {
-            let Some(member) = self.members.get_mut(&generation) else { return };
-            let received = match member.channel.try_recv() {
-                Ok(None) => return,
-                Ok(Some(received)) => Ok(received),
-                Err(error) => Err(error),
-            };
-            match received {
-                Ok((message, fds)) => self.route(generation, message, fds),
-                Err(error) if error.is_of_one_message() && member.garbled < GARBLED_MAX => {
-                    member.garbled += 1;
-                    let what = format!("sent what is no message: {}", with_causes(&error));
+        while self.read_one(generation) {
+            // Only now: an agent that dies while it deals with a message leaves it to the next one. What an owner says of a
+            // segment it says once.
+            if let Some(member) = self.members.get_mut(&generation) {
+                member.channel.consume();
+            }
+        }
+    }
+
+    /// Deals with the next message of a generation; false when there is none.
+    fn read_one(&mut self, generation: Generation) -> bool {
+        let Some(member) = self.members.get_mut(&generation) else { return false };
+        match member.channel.try_peek() {
+            Ok(None) => false,
+            Ok(Some((message, fds))) => {
+                self.route(generation, message, fds);
+                true
+            }
+            Err(error) if error.is_of_one_message() && member.garbled < GARBLED_MAX => {
+                member.garbled += 1;
+                let what = format!("sent what is no message: {}", with_causes(&error));
+                tracing::warn!("{generation} of {} {what}", self.record.file.name);
+                self.notices.push_back((generation, Notice::Failed { what }));
+                true
+            }
+            Err(error) => {
+                member.closed = true;
+                if !matches!(error, ChannelError::Closed) {
+                    let what = format!("broke the control protocol: {}", with_causes(&error));
                     tracing::warn!("{generation} of {} {what}", self.record.file.name);
                     self.notices.push_back((generation, Notice::Failed { what }));
                 }
-                Err(error) => {
-                    member.closed = true;
-                    if !matches!(error, ChannelError::Closed) {
-                        let what = format!("broke the control protocol: {}", with_causes(&error));
-                        tracing::warn!("{generation} of {} {what}", self.record.file.name);
-                        self.notices.push_back((generation, Notice::Failed { what }));
-                    }
-                    self.notices.push_back((generation, Notice::Closed));
-                    return;
-                }
+                self.notices.push_back((generation, Notice::Closed));
+                false
             }
         }
     }

@@ -215,6 +215,26 @@ impl<Out: Message, In: Message> Channel<Out, In> {
     /// # Errors
     /// [`ChannelError::Closed`] at the end; anything else means that the other side broke the protocol.
     pub fn try_recv(&mut self) -> Result<Option<(In, Vec<OwnedFd>)>, ChannelError> {
+        self.receive(0)
+    }
+
+    /// As [`Self::try_recv`], but the message stays the next one until [`Self::consume`]: should this process die while it
+    /// deals with it, whoever takes over the channel finds it there still.
+    ///
+    /// # Errors
+    /// As [`Self::try_recv`]. A message that cannot be used has to be consumed as well.
+    pub fn try_peek(&mut self) -> Result<Option<(In, Vec<OwnedFd>)>, ChannelError> {
+        self.receive(libc::MSG_PEEK)
+    }
+
+    /// Takes away the message that [`Self::try_peek`] returned, or refused.
+    pub fn consume(&mut self) {
+        // SAFETY: nothing is read into. What is left of the packet, its descriptors too, is dropped by the kernel. An
+        // error means that nothing waits, or that the next call meets it as well.
+        unsafe { libc::recv(self.fd.as_raw_fd(), std::ptr::null_mut(), 0, libc::MSG_DONTWAIT) };
+    }
+
+    fn receive(&mut self, peek: libc::c_int) -> Result<Option<(In, Vec<OwnedFd>)>, ChannelError> {
         let mut control = ControlBuffer::new();
         let mut iov = libc::iovec { iov_base: self.buffer.as_mut_ptr().cast(), iov_len: self.buffer.len() };
         // SAFETY: an all-zero msghdr is a valid empty one.
@@ -224,7 +244,7 @@ impl<Out: Message, In: Message> Channel<Out, In> {
         header.msg_control = control.0.as_mut_ptr().cast();
         header.msg_controllen = size_of_val(&control.0) as _;
         let len = loop {
-            let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+            let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | peek;
             // SAFETY: header points to buffers of the stated lengths that outlive the call.
             let got = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut header, flags) };
             if let Ok(got) = usize::try_from(got) {
