@@ -17,6 +17,7 @@ mod progress;
 mod rows;
 mod stats;
 mod suite;
+mod transfer;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -37,6 +38,11 @@ struct Args {
 enum Suite {
     /// Handovers under load, by size of state, connections and neighbours: blackout, gaps, losses; and what people do today.
     Handover(Options),
+    /// State and signals to another process, beside copying them and beside iceoryx2.
+    Transfer(Options),
+    /// The other process of `transfer`.
+    #[command(name = transfer::receiver::COMMAND, hide = true)]
+    Receive,
     /// A process that burns CPU, for the suites' own use.
     #[command(name = hogs::COMMAND, hide = true)]
     Burn,
@@ -70,6 +76,8 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<ExitCode> {
     match args.suite {
         Suite::Handover(options) => measure("handover", &options, handover::run),
+        Suite::Transfer(options) => measure("transfer", &options, transfer::run),
+        Suite::Receive => transfer::receiver::run().map(|()| ExitCode::SUCCESS),
         Suite::Burn => match hogs::burn()? {},
     }
 }
