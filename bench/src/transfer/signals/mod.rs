@@ -92,7 +92,8 @@ fn look_until(mut there: impl FnMut() -> Result<bool>) -> Result<()> {
             std::hint::spin_loop();
         }
         std::thread::yield_now();
-        if monotonic_ns() - *began.get_or_insert_with(monotonic_ns) > GIVE_UP_NS {
+        let now = monotonic_ns();
+        if now - *began.get_or_insert(now) > GIVE_UP_NS {
             bail!("no signal for {} s", GIVE_UP_NS / 1_000_000_000);
         }
     }
