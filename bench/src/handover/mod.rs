@@ -36,7 +36,7 @@ pub(crate) fn run(programs: &Path, quick: bool) -> Result<Outcome> {
     let began = Instant::now();
     let plan = if quick { &plan::QUICK } else { &plan::WHOLE };
     let mut outcome = Outcome::default();
-    let progress = Progress::begin("starting an agent and services");
+    Progress::begin("starting an agent and services");
     let host = Host::start(programs)?;
     host.make_images(programs)?;
 
@@ -52,7 +52,6 @@ pub(crate) fn run(programs: &Path, quick: bool) -> Result<Outcome> {
         }
         subjects.push(Subject::start(&host, &format!("bench-{state_mib}"), state_mib)?);
     }
-    drop(progress);
     let mut groups = Vec::new();
     for group in plan.groups {
         if began.elapsed() > plan.groups_time_max {

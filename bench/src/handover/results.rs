@@ -57,7 +57,7 @@ fn switch_rows(handovers: &[Timed], conditions: &Conditions) -> Vec<Row> {
         count("handover.committed", committed),
         row("handover.duration_ms", median(&durations), "ms", n)
             .spread(quartiles(&durations))
-            .note(Some(format!("medians, ms: {}", phase_medians(reports())))),
+            .note(Some(format!("medians, ms: {}", phase_medians(handovers)))),
     ]
 }
 
@@ -74,9 +74,14 @@ fn switch_phases(report: &HandoverReport) -> String {
     phases.map(|phase| format!("{phase} {:.2}", phase_us(report, phase) / 1e3)).join(", ")
 }
 
-fn phase_medians<'a>(reports: impl Iterator<Item = &'a HandoverReport> + Clone) -> String {
-    let of = |phase| median(&reports.clone().map(|report| phase_us(report, phase) / 1e3).collect::<Vec<_>>());
-    Phase::ALL.map(|phase| format!("{phase} {:.2}", of(phase).unwrap_or(0.0))).join(", ")
+/// A number for each phase, in order.
+fn by_phase(of: impl Fn(Phase) -> Option<f64>) -> String {
+    let shown = Phase::ALL.into_iter().filter_map(|phase| Some(format!("{phase} {:.2}", of(phase)?)));
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+fn phase_medians(handovers: &[Timed]) -> String {
+    by_phase(|phase| median(&handovers.iter().map(|timed| phase_us(&timed.report, phase) / 1e3).collect::<Vec<_>>()))
 }
 
 /// What a client at a constant rate saw.
@@ -84,7 +89,8 @@ fn gap_rows(handovers: &[Timed], load: &LoadResult, calm: &[Span], conditions: &
     let longest = |window: Span| load.longest_gap(window.start_ns, window.end_ns).longest_ns;
     let mut excess = Vec::with_capacity(handovers.len());
     let mut usual = Vec::with_capacity(handovers.len());
-    let mut where_ = BTreeMap::<Phase, usize>::new();
+    let mut places = BTreeMap::<Phase, usize>::new();
+    let mut in_phase = BTreeMap::<Phase, Vec<f64>>::new();
     for Timed { report, span, .. } in handovers {
         let gap = load.longest_gap(span.start_ns, span.end_ns);
         let usual_ns = gaps::usual_ns(calm, span.length_ns(), longest).unwrap_or(0);
@@ -92,26 +98,33 @@ fn gap_rows(handovers: &[Timed], load: &LoadResult, calm: &[Span], conditions: &
         usual.push(usual_ns as f64 / 1e3);
         let gap = Span { start_ns: gap.start_ns, end_ns: gap.start_ns + gap.longest_ns };
         if let Some(phase) = phase_of(gap, span.start_ns, &report.phases) {
-            *where_.entry(phase).or_default() += 1;
+            *places.entry(phase).or_default() += 1;
+        }
+        for timing in &report.phases {
+            let ms = longest(phase_span(span.start_ns, timing)) as f64 / 1e6;
+            in_phase.entry(timing.phase).or_default().push(ms);
         }
     }
     let n = handovers.len();
-    let seen = where_.iter().map(|(phase, count)| format!("{phase} {count}")).collect::<Vec<_>>().join(", ");
+    let seen = places.iter().map(|(phase, count)| format!("{phase} {count}")).collect::<Vec<_>>().join(", ");
+    let inside = by_phase(|phase| median(in_phase.get(&phase)?));
     vec![
         Row::new("handover.peak_gap_us", median(&excess), "µs", n, conditions)
             .spread(quartiles(&excess))
-            .note(Some(format!("longest gap lies in: {seen}"))),
+            .note(Some(format!("the longest lies in: {seen}; median of the longest inside each, ms: {inside}"))),
         Row::new("handover.peak_gap_max_us", quantile(&excess, 1.0), "µs", n, conditions),
         Row::new("handover.usual_gap_us", median(&usual), "µs", n, conditions).spread(quartiles(&usual)),
     ]
 }
 
+fn phase_span(began_ns: u64, timing: &PhaseTiming) -> Span {
+    let ns = |us: f64| began_ns + (us * 1e3) as u64;
+    Span { start_ns: ns(timing.start_us), end_ns: ns(timing.start_us + timing.duration_us) }
+}
+
 /// In which phase most of a gap lies.
 pub(super) fn phase_of(gap: Span, began_ns: u64, phases: &[PhaseTiming]) -> Option<Phase> {
-    let ns = |us: f64| began_ns + (us * 1e3) as u64;
-    let overlap = |timing: &PhaseTiming| {
-        gap.overlap_ns(Span { start_ns: ns(timing.start_us), end_ns: ns(timing.start_us + timing.duration_us) })
-    };
+    let overlap = |timing: &PhaseTiming| gap.overlap_ns(phase_span(began_ns, timing));
     let most = phases.iter().max_by_key(|timing| overlap(timing))?;
     (overlap(most) > 0).then_some(most.phase)
 }
