@@ -2,11 +2,12 @@
 //! clients at a constant rate check every acknowledged write; then the same beside what people do today.
 //!
 //! ```text
-//!  groups: connections × hogs                              restarts
-//!  ┌──────────────────────────────────────────────┐        ┌───────────────────────────────────────┐
-//!  │ calm │ S M S M … L … S M S M │ × rounds │ calm │       │ warmswap │ runc │ docker │ criu │ × rounds │
-//!  └──────────────────────────────────────────────┘        └───────────────────────────────────────┘
-//!   services of all sizes run and are loaded side by side    each is watched alone for some seconds
+//!  groups: connections × hogs                                    restarts
+//!  ┌──────┬─────────────────────────────────────────┬──────┐     ┌────────────────────────────────────────────────────┐
+//!  │ calm │ small ones … the largest … small ones   │ calm │     │ warmswap … runc … docker … criu …                  │
+//!  │      │ × rounds                                │      │     │ × rounds                                           │
+//!  └──────┴─────────────────────────────────────────┴──────┘     └────────────────────────────────────────────────────┘
+//!   services of all sizes run and are loaded side by side         after each turn nothing happens for some seconds
 //! ```
 //!
 //! `docs/benchmarks.md` says how each row is measured.
@@ -64,7 +65,9 @@ pub(crate) fn run(programs: &Path, quick: bool) -> Result<Outcome> {
         }
         let measured = group::measure(&host, &mut subjects, *group, plan)?;
         outcome.rows.extend(results::rows(&measured));
-        outcome.violations.extend(results::violations(&measured.cells));
+        let violations = results::violations(&measured.cells);
+        let condition = format!("{} connections, {} hogs", group.connections, group.hogs);
+        outcome.violations.extend(violations.into_iter().map(|violation| format!("{condition}, {violation}")));
         groups.push(measured);
     }
     outcome.rows.extend(results::overall_flatness(&groups));

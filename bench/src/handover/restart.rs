@@ -1,6 +1,6 @@
 //! The same clients beside what people do today: each contestant is replaced in turn, and watched alone for some seconds.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -25,6 +25,7 @@ const CONNECTIONS: usize = 100;
 /// After the command that replaces has ended, clients may still be without an answer.
 const SETTLE: Duration = Duration::from_millis(300);
 
+const WARMSWAP: &str = "warmswap";
 const GAP: &str = "handover.peak_gap_us";
 const P99: &str = "handover.p99_after_ratio";
 
@@ -36,7 +37,7 @@ struct Seen {
     load: LoadResult,
 }
 
-pub(super) fn run(host: &Host, programs: &std::path::Path, plan: &Plan) -> Result<Outcome> {
+pub(super) fn run(host: &Host, programs: &Path, plan: &Plan) -> Result<Outcome> {
     let mut progress = Progress::begin("beside restarts with the same program");
     let ground = Ground::new(&host.state_dir)?;
     let workload = Workload {
@@ -45,47 +46,60 @@ pub(super) fn run(host: &Host, programs: &std::path::Path, plan: &Plan) -> Resul
         program_inside: PathBuf::from("/bin").join(PROGRAM),
         program: programs.join("session-store-v1"),
     };
-    let (mut peers, absent) = peers::start(&workload);
+    let (peers, mut absent) = peers::start(&workload);
     let mut subject = Subject::start(host, "bench-beside", STATE_MIB)?;
+    let mut contestants = vec![Contestant::new(WARMSWAP, load(subject.address, CONNECTIONS)?, None)];
+    for peer in peers {
+        let name = peer.name().to_owned();
+        contestants.push(Contestant::new(&name, load(peer.address(), CONNECTIONS)?, Some(peer)));
+    }
     let mut handovers = Vec::new();
-    let seen = replace_in_turn(host, &mut subject, &mut peers, &mut handovers, plan, &mut progress)?;
-    drop(peers);
+    interrupt::sleep(plan.watch)?;
+    for round in 0..plan.restarts {
+        let mut going_on = Vec::with_capacity(contestants.len());
+        for mut contestant in contestants {
+            let start_ns = monotonic_ns();
+            let replaced = match &mut contestant.peer {
+                None => subject.update(host).map(|timed| handovers.push(timed)),
+                Some(peer) => peer.replace(),
+            };
+            let busy = Span { start_ns, end_ns: monotonic_ns() };
+            match replaced {
+                Ok(()) => {
+                    contestant.busy.push(busy);
+                    going_on.push(contestant);
+                }
+                Err(error) if contestant.peer.is_none() => return Err(error),
+                Err(error) => absent.push(Absent::new(&contestant.name, &error)),
+            }
+            interrupt::sleep(plan.watch.max(SETTLE))?;
+        }
+        contestants = going_on;
+        progress.at(format_args!("round {} of {}", round + 1, plan.restarts));
+    }
+    let seen = contestants.into_iter().map(Contestant::end).collect::<Result<Vec<_>>>()?;
     host.ask(&["stop", &subject.name], false)?;
     Ok(outcome(seen, handovers, &absent, plan))
 }
 
-/// The first of the result is warmswap.
-fn replace_in_turn(
-    host: &Host,
-    subject: &mut Subject,
-    peers: &mut [Box<dyn Peer>],
-    handovers: &mut Vec<Timed>,
-    plan: &Plan,
-    progress: &mut Progress,
-) -> Result<Vec<Seen>> {
-    let mut names = vec!["warmswap".to_owned()];
-    let mut loads: Vec<RunningLoad> = vec![load(subject.address, CONNECTIONS)?];
-    for peer in peers.iter() {
-        names.push(peer.name().to_owned());
-        loads.push(load(peer.address(), CONNECTIONS)?);
+/// Who is replaced in turn: warmswap, or a peer.
+struct Contestant {
+    name: String,
+    load: RunningLoad,
+    /// `None` for warmswap.
+    peer: Option<Box<dyn Peer>>,
+    busy: Vec<Span>,
+}
+
+impl Contestant {
+    fn new(name: &str, load: RunningLoad, peer: Option<Box<dyn Peer>>) -> Self {
+        Self { name: name.to_owned(), load, peer, busy: Vec::new() }
     }
-    let mut busy = vec![Vec::with_capacity(plan.restarts); loads.len()];
-    interrupt::sleep(plan.watch)?;
-    for round in 0..plan.restarts {
-        for (turn, spans) in busy.iter_mut().enumerate() {
-            let start_ns = monotonic_ns();
-            match turn.checked_sub(1) {
-                None => handovers.push(subject.update(host)?),
-                Some(peer) => peers[peer].replace()?,
-            }
-            spans.push(Span { start_ns, end_ns: monotonic_ns() });
-            interrupt::sleep(plan.watch.max(SETTLE))?;
-        }
-        progress.at(format_args!("round {} of {}", round + 1, plan.restarts));
+
+    /// The load ends before what it loads.
+    fn end(self) -> Result<Seen> {
+        Ok(Seen { name: self.name, busy: self.busy, load: self.load.stop()? })
     }
-    let results = loads.into_iter().map(RunningLoad::stop).collect::<Result<Vec<_>, _>>()?;
-    let seen = names.into_iter().zip(busy).zip(results);
-    Ok(seen.map(|((name, busy), load)| Seen { name, busy, load }).collect())
 }
 
 fn outcome(mut seen: Vec<Seen>, handovers: Vec<Timed>, absent: &[Absent], plan: &Plan) -> Outcome {
@@ -99,9 +113,9 @@ fn outcome(mut seen: Vec<Seen>, handovers: Vec<Timed>, absent: &[Absent], plan: 
         outcome.rows.extend(rows(&ours, peer, &busy, plan.watch, &conditions));
     }
     for peer in absent {
-        outcome.rows.push(Row::left_out(GAP, "µs", peer.name, &peer.reason, &conditions));
+        outcome.rows.push(Row::left_out(GAP, "µs", &peer.name, &peer.reason, &conditions));
     }
-    show_faults("warmswap", &ours.load, &handovers);
+    show_faults(WARMSWAP, &ours.load, &handovers);
     let cell = Cell { state_mib: STATE_MIB, handovers, load: Some(ours.load) };
     outcome.violations = results::violations(&[cell]);
     outcome

@@ -9,12 +9,17 @@ mod docker;
 mod ground;
 mod runc;
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+
+use crate::process;
 
 pub(crate) use ground::Ground;
+
+const LISTEN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// A service that runs under something else than warmswap.
 pub(crate) trait Peer {
@@ -22,14 +27,23 @@ pub(crate) trait Peer {
 
     fn address(&self) -> SocketAddr;
 
-    /// Replaces the running process by a new one, and returns when that was started.
+    /// Replaces the running process by a new one; returns when that was started.
     fn replace(&mut self) -> Result<()>;
 }
 
 /// A peer that cannot be measured here.
 pub(crate) struct Absent {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     pub(crate) reason: String,
+}
+
+impl Absent {
+    /// Says so, too.
+    pub(crate) fn new(name: &str, error: &anyhow::Error) -> Self {
+        let reason = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+        eprintln!("  {name} is left out: {reason}");
+        Self { name: name.to_owned(), reason }
+    }
 }
 
 /// What all peers run.
@@ -53,20 +67,23 @@ pub(crate) fn start(workload: &Workload<'_>) -> (Vec<Box<dyn Peer>>, Vec<Absent>
         (criu::NAME, |workload| Ok(Box::new(criu::Criu::start(workload)?))),
     ];
     for (name, start) in all {
-        match start(workload) {
+        match start(workload).and_then(answering) {
             Ok(peer) => peers.push(peer),
-            Err(error) => {
-                let reason = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-                eprintln!("  {name} is left out: {reason}");
-                absent.push(Absent { name, reason });
-            }
+            Err(error) => absent.push(Absent::new(name, &error)),
         }
     }
     (peers, absent)
 }
 
+/// A program that was started does not listen at once.
+fn answering(peer: Box<dyn Peer>) -> Result<Box<dyn Peer>> {
+    let connected = process::within(LISTEN_TIME_MAX, || TcpStream::connect(peer.address()).ok());
+    connected.with_context(|| format!("it does not listen on {} within {LISTEN_TIME_MAX:?}", peer.address()))?;
+    Ok(peer)
+}
+
 /// Finds the program of a peer.
 fn installed(program: &str, package: &str) -> Result<PathBuf> {
-    let found = crate::process::find(program);
+    let found = process::find(program);
     found.ok_or_else(|| anyhow::anyhow!("{program} is not installed: `apt-get install {package}` installs it"))
 }

@@ -55,7 +55,7 @@ pub(super) enum Command {
 pub(super) enum Answer {
     /// Everything is set up; the clock may start.
     Ready,
-    Received(Received),
+    Received(Received, Effort),
     Echoed,
     Failed {
         what: String,
@@ -72,6 +72,14 @@ pub(super) struct Received {
     pub(super) records: u64,
     /// Of all keys, in order.
     pub(super) digest: u64,
+}
+
+/// What a transfer cost the receiver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Effort {
+    pub(super) user_us: i64,
+    pub(super) kernel_us: i64,
+    pub(super) page_faults: i64,
 }
 
 pub(super) struct Line(pub(super) UnixStream);

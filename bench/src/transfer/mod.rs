@@ -86,10 +86,21 @@ fn transfer(pair: &mut Pair, mib: u64, repetitions: usize) -> Result<Vec<Row>> {
         let values = |took: &[Took]| took.iter().map(of).collect::<Vec<f64>>();
         let mine = values(&ours);
         for ((_, name), theirs) in PEERS.iter().zip(&peers) {
-            rows.push(compared(id, &mine, name, &values(theirs), &conditions));
+            let row = compared(id, &mine, name, &values(theirs), &conditions);
+            let effort = (id == ALL_KEYS).then(|| format!("receiver: {}; peer: {}", effort(&ours), effort(theirs)));
+            rows.push(row.note(effort));
         }
     }
     Ok(rows)
+}
+
+fn effort(took: &[Took]) -> String {
+    let median = |of: fn(&Took) -> i64| median(&took.iter().map(|took| of(took) as f64).collect::<Vec<_>>());
+    let user = median(|took| took.effort.user_us);
+    let kernel = median(|took| took.effort.kernel_us);
+    let faults = median(|took| took.effort.page_faults);
+    let ms = |us: Option<f64>| us.unwrap_or(0.0) / 1e3;
+    format!("{:.1} ms user, {:.1} ms kernel, {:.0} page faults", ms(user), ms(kernel), faults.unwrap_or(0.0))
 }
 
 const fn all_us(took: &Took) -> f64 {

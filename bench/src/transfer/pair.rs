@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use warmswap_load::monotonic_ns;
 use warmswap_transfer::channel::{ServiceChannel, SupervisorChannel};
 
-use super::line::{Answer, Command, Line, Received, Signal, Way};
+use super::line::{Answer, Command, Effort, Line, Received, Signal, Way};
 use super::receiver;
 use super::records::{Record, digest};
 use super::signals;
@@ -24,11 +24,12 @@ pub(super) struct Pair {
     line: Line,
 }
 
-/// How long one transfer took, µs.
+/// How long one transfer took, µs, and what it cost.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Took {
     pub(super) first_us: f64,
     pub(super) all_us: f64,
+    pub(super) effort: Effort,
 }
 
 /// The same state, ready to be sent in each way.
@@ -69,15 +70,15 @@ impl Pair {
             Way::SocketCopy => socket_copy::send(&mut self.line.0, &state.records)?,
             Way::TmpfsFile => state.place.send(&mut self.line, &state.records)?,
         }
-        let received: Received = match self.line.hear()? {
-            Answer::Received(received) => received,
+        let (received, effort): (Received, Effort) = match self.line.hear()? {
+            Answer::Received(received, effort) => (received, effort),
             Answer::Failed { what } => bail!("the receiver failed: {what}"),
             other => bail!("the receiver said {other:?} after a transfer"),
         };
         state.place.clear();
         ensure!(received.digest == state.digest, "{way:?} did not bring the same keys");
         let us = |at_ns: u64| at_ns.saturating_sub(began_ns) as f64 / 1e3;
-        Ok(Took { first_us: us(received.first_ns), all_us: us(received.all_ns) })
+        Ok(Took { first_us: us(received.first_ns), all_us: us(received.all_ns), effort })
     }
 
     pub(super) fn signal(&mut self, signal: &Signal, count: u32) -> Result<Vec<f64>> {

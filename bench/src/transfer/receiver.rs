@@ -5,10 +5,12 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::prctl;
+use nix::sys::resource::{Usage, UsageWho, getrusage};
 use nix::sys::signal::Signal as Kill;
+use nix::sys::time::TimeValLike as _;
 use warmswap_transfer::channel::ServiceChannel;
 
-use super::line::{Answer, Command, Line, Way};
+use super::line::{Answer, Command, Effort, Line, Way};
 use super::signals;
 use super::ways::{segments, socket_copy, tmpfs_file};
 
@@ -33,18 +35,36 @@ pub(crate) fn run() -> Result<()> {
     }
 }
 
-/// What was received is let go of only after the answer: freeing it is not part of a transfer.
+/// What was received is let go of when everything is measured: freeing it is not part of a transfer.
 fn receive(way: Way, records: u64, channel: &mut ServiceChannel, line: &mut Line) -> Result<Answer> {
     let mut sink = segments::Sink::new()?;
     line.tell(&Answer::Ready)?;
+    let before = getrusage(UsageWho::RUSAGE_SELF)?;
+    let mut kept = Vec::new();
     let received = match way {
         Way::Segments => sink.receive(channel, records)?,
-        Way::SocketCopy => socket_copy::receive(&mut line.0, records)?.0,
+        Way::SocketCopy => {
+            let (received, state) = socket_copy::receive(&mut line.0, records)?;
+            kept = state;
+            received
+        }
         Way::TmpfsFile => {
             let Command::File { path } = line.hear()? else { bail!("no file came") };
-            tmpfs_file::receive(&path, records)?.0
+            let (received, state) = tmpfs_file::receive(&path, records)?;
+            kept = state;
+            received
         }
     };
     ensure!(received.records == records, "{} records came instead of {records}", received.records);
-    Ok(Answer::Received(received))
+    let answer = Answer::Received(received, effort(&before, &getrusage(UsageWho::RUSAGE_SELF)?));
+    drop(kept);
+    Ok(answer)
+}
+
+fn effort(before: &Usage, after: &Usage) -> Effort {
+    Effort {
+        user_us: (after.user_time() - before.user_time()).num_microseconds(),
+        kernel_us: (after.system_time() - before.system_time()).num_microseconds(),
+        page_faults: after.minor_page_faults() - before.minor_page_faults(),
+    }
 }
