@@ -38,12 +38,12 @@ const fn group(connections: usize, hogs: usize, rounds: usize, seconds: u64) -> 
 /// About 40 s.
 pub(super) const QUICK: Plan = Plan {
     groups: &[group(0, 0, 1, 3), group(100, 0, 1, 3), group(1000, 0, 1, 3), group(100, 2, 1, 3)],
-    groups_time_max: Duration::from_secs(25),
+    groups_time_max: Duration::from_secs(22),
     small_per_round: 2,
-    calm: Duration::from_millis(800),
+    calm: Duration::from_millis(600),
     calm_every_rounds: 8,
     restarts: 2,
-    watch: Duration::from_millis(800),
+    watch: Duration::from_millis(600),
 };
 
 /// Less than ten minutes, on a slow host too: groups that are out of time end with fewer rounds, and rows say how many.
