@@ -12,6 +12,8 @@ use crate::interrupt;
 
 /// Of each service. High enough that a gap is known to a millisecond, low enough that the load is not what is measured.
 const RATE_PER_S: f64 = 1000.0;
+/// Slow is not failed: how slow is what gaps and quantiles say.
+const TIMEOUT: Duration = Duration::from_secs(10);
 const FILL_VALUE_BYTES: usize = 4096;
 const FILL_PIPELINE: usize = 64;
 /// Room beside the state for the process, its index and the load's own keys.
@@ -61,7 +63,7 @@ fn service_file(name: &str, address: SocketAddr, state_mib: u64) -> String {
 
 /// Writes `mib` MiB of values.
 fn fill(address: SocketAddr, mib: u64) -> Result<()> {
-    let mut client = Client::connect(address, Duration::from_secs(10))?;
+    let mut client = Client::connect(address, TIMEOUT)?;
     let value = "x".repeat(FILL_VALUE_BYTES);
     let values = mib * (1 << 20) / FILL_VALUE_BYTES as u64;
     let keys: Vec<String> = (0..values).map(|key| format!("fill:{key}")).collect();
@@ -77,7 +79,7 @@ fn fill(address: SocketAddr, mib: u64) -> Result<()> {
 
 /// Clients at a constant rate that check every acknowledged write.
 pub(super) fn load(address: SocketAddr, connections: usize) -> Result<RunningLoad> {
-    let config = LoadConfig { connections, rate_per_s: RATE_PER_S, ..LoadConfig::new(address) };
+    let config = LoadConfig { connections, rate_per_s: RATE_PER_S, timeout: TIMEOUT, ..LoadConfig::new(address) };
     Ok(Load::start(config)?)
 }
 
