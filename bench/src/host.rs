@@ -1,11 +1,21 @@
 //! The machine a result is from, and a warmswap of our own on it.
 
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
+use warmswap_load::{monotonic_ns, unix_ms};
+use warmswap_model::HandoverReport;
+
+use crate::gaps::Span;
+use crate::process;
+
+/// The program in every image.
+pub(crate) const PROGRAM: &str = "session-store";
 
 pub(crate) fn describe() -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
@@ -18,10 +28,37 @@ pub(crate) fn describe() -> Value {
     })
 }
 
+/// What the kernel says can be used without swapping, MiB.
+pub(crate) fn memory_available_mib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.context("/proc/meminfo has no MemAvailable")? / 1024)
+}
+
+/// Thousands of connections need thousands of descriptors.
+pub(crate) fn raise_descriptor_limit() -> Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise the limit of open files")
+}
+
+pub(crate) fn free_port() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+/// A handover, with when it was.
+pub(crate) struct Timed {
+    pub(crate) report: HandoverReport,
+    /// From RESERVE to the verdict.
+    pub(crate) span: Span,
+    /// With everything around it, the command too.
+    pub(crate) busy: Span,
+}
+
 /// An agent under folders of its own. Removed when dropped.
 pub(crate) struct Host {
     warmswap: PathBuf,
-    run_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
     pub(crate) state_dir: PathBuf,
     agent: std::process::Child,
 }
@@ -35,11 +72,10 @@ impl Host {
         let state_dir = std::env::temp_dir().join(format!("warmswap-bench-{id}"));
         std::fs::create_dir_all(&state_dir).with_context(|| format!("cannot create {}", state_dir.display()))?;
         let log = std::fs::File::create(state_dir.join("agent.log"))?;
-        let agent = Command::new(&warmswap)
+        let agent = process::command(&warmswap)
             .arg("agent")
             .env("WARMSWAP_RUN_DIR", &run_dir)
             .env("WARMSWAP_STATE_DIR", &state_dir)
-            .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
@@ -65,27 +101,53 @@ impl Host {
         }
     }
 
+    /// Root file systems with the same program; updates go from one to the other.
+    pub(crate) fn make_images(&self, programs: &Path) -> Result<()> {
+        let program = programs.join("session-store-v1");
+        for image in 0..2 {
+            warmswap_rootfs::pack_rootfs_as(&program, &self.image(image), Some(PROGRAM))
+                .with_context(|| format!("cannot make an image of {}", program.display()))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn image(&self, which: usize) -> PathBuf {
+        self.state_dir.join("images").join(["a", "b"][which % 2])
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.warmswap);
-        command
-            .args(arguments)
-            .env("WARMSWAP_RUN_DIR", &self.run_dir)
-            .env("WARMSWAP_STATE_DIR", &self.state_dir)
-            .stdin(Stdio::null());
+        let mut command = process::command(&self.warmswap);
+        command.args(arguments).env("WARMSWAP_RUN_DIR", &self.run_dir).env("WARMSWAP_STATE_DIR", &self.state_dir);
         command
     }
 
     /// Runs a verb with `--json`; the last line of its output. The exit code is for the caller when `any_code`.
     pub(crate) fn ask(&self, arguments: &[&str], any_code: bool) -> Result<Value> {
-        let output = self.command(arguments).arg("--json").output()?;
+        let output = process::output(self.command(arguments).arg("--json"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() && !any_code {
-            bail!("warmswap {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+            bail!("warmswap {}: {}", arguments.join(" "), process::last_words(&output));
         }
         let last = text.lines().last().with_context(|| {
-            format!("warmswap {} said nothing: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())
+            format!("warmswap {} said nothing: {}", arguments.join(" "), process::last_words(&output))
         })?;
         Ok(serde_json::from_str(last)?)
+    }
+
+    pub(crate) fn update(&self, service: &str, image: &Path) -> Result<Timed> {
+        let (start_ns, start_unix_ms) = (monotonic_ns(), unix_ms());
+        let line = self.ask(&["update", service, "--image", &image.display().to_string()], true)?;
+        let busy = Span { start_ns, end_ns: monotonic_ns() };
+        let Some(report) = line.get("report") else { bail!("the update of {service} ended with {line}") };
+        let report: HandoverReport = serde_json::from_value(report.clone())?;
+        if let Some(reason) = &report.reason {
+            eprintln!("  {} {}: {reason}", report.to, report.verdict);
+        }
+        // The report's clock has whole milliseconds: rounded outwards.
+        let begun_ms = report.started_unix_ms.saturating_sub(start_unix_ms);
+        let begun_ns = (busy.start_ns + begun_ms * 1_000_000).saturating_sub(1_000_000).max(busy.start_ns);
+        let ended_ns = (begun_ns + (report.duration_ms * 1e6) as u64 + 2_000_000).min(busy.end_ns);
+        Ok(Timed { span: Span { start_ns: begun_ns, end_ns: ended_ns }, report, busy })
     }
 }
 

@@ -5,34 +5,70 @@ use std::fmt::Write as _;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+/// Under what conditions a value was measured, such as `state_mib` and `connections`.
+pub(crate) type Conditions = Map<String, Value>;
+
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Row {
     pub(crate) id: String,
-    pub(crate) value: f64,
+    /// `None` when it was not measured; `reason` says why.
+    pub(crate) value: Option<f64>,
     pub(crate) unit: &'static str,
     /// Values behind this one.
     pub(crate) n: usize,
+    /// First and third quartile, for a median.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) spread: Option<[f64; 2]>,
     pub(crate) peer: Option<String>,
     pub(crate) peer_value: Option<f64>,
-    /// `value / peer_value`, from paired runs.
+    /// Of `value` to `peer_value`, from paired runs.
     pub(crate) ratio: Option<f64>,
-    /// Under what conditions, such as `state_mib` and `connections`.
+    /// Why there is no value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<String>,
+    /// Where the time went.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) note: Option<String>,
     #[serde(flatten)]
-    pub(crate) conditions: Map<String, Value>,
+    pub(crate) conditions: Conditions,
 }
 
 impl Row {
-    pub(crate) fn new(id: &str, value: f64, unit: &'static str, n: usize, conditions: &Map<String, Value>) -> Self {
+    pub(crate) fn new(id: &str, value: Option<f64>, unit: &'static str, n: usize, conditions: &Conditions) -> Self {
         Self {
             id: id.to_owned(),
             value,
             unit,
             n,
+            spread: None,
             peer: None,
             peer_value: None,
             ratio: None,
+            reason: None,
+            note: None,
             conditions: conditions.clone(),
         }
+    }
+
+    pub(crate) fn spread(self, spread: Option<[f64; 2]>) -> Self {
+        Self { spread, ..self }
+    }
+
+    pub(crate) fn beside(self, peer: &str, peer_value: Option<f64>, ratio: Option<f64>) -> Self {
+        Self { peer: Some(peer.to_owned()), peer_value, ratio, ..self }
+    }
+
+    pub(crate) fn note(self, note: Option<String>) -> Self {
+        Self { note, ..self }
+    }
+
+    pub(crate) fn unmeasured(id: &str, unit: &'static str, reason: &str, conditions: &Conditions) -> Self {
+        Self { reason: Some(reason.to_owned()), ..Self::new(id, None, unit, 0, conditions) }
+    }
+
+    /// A peer that could not be measured.
+    pub(crate) fn left_out(id: &str, unit: &'static str, peer: &str, reason: &str, conditions: &Conditions) -> Self {
+        Self::unmeasured(id, unit, reason, conditions).beside(peer, None, None)
     }
 }
 
@@ -42,44 +78,91 @@ pub(crate) fn document(suite: &str, rows: &[Row]) -> Value {
 
 /// Aligned columns.
 pub(crate) fn table(rows: &[Row]) -> String {
-    let conditions =
-        |row: &Row| row.conditions.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ");
-    let id_width = rows.iter().map(|row| row.id.len()).max().unwrap_or(0);
-    let where_width = rows.iter().map(|row| conditions(row).len()).max().unwrap_or(0);
+    let mut lines =
+        vec![["", "conditions", "value", "", "spread", "n", "peer", "peer value", "ratio"].map(String::from)];
+    lines.extend(rows.iter().map(cells));
+    let widths: [usize; COLUMNS] =
+        std::array::from_fn(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0));
     let mut text = String::new();
-    for row in rows {
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            text,
-            "{:<id_width$}  {:<where_width$}  {:>12.1} {:<6} n={}",
-            row.id,
-            conditions(row),
-            row.value,
-            row.unit,
-            row.n
-        );
+    let mut write_line = |line: &[String; COLUMNS], remark: &str| {
+        for (column, (cell, width)) in line.iter().zip(widths).enumerate() {
+            // Writing to a String cannot fail.
+            let _ = match RIGHT[column] {
+                true => write!(text, "{cell:>width$}  "),
+                false => write!(text, "{cell:<width$}  "),
+            };
+        }
+        text.push_str(remark);
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+    };
+    write_line(&lines[0], "");
+    for (line, row) in lines[1..].iter().zip(rows) {
+        write_line(line, row.reason.as_deref().or(row.note.as_deref()).unwrap_or(""));
     }
     text
 }
 
-/// Quantile by rank of values in any order; 0 when there are none.
-pub(crate) fn quantile(values: &[f64], q: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let rank = (q * sorted.len() as f64).ceil() as usize;
-    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
+const COLUMNS: usize = 9;
+const RIGHT: [bool; COLUMNS] = [false, false, true, false, true, true, false, true, true];
+
+fn cells(row: &Row) -> [String; COLUMNS] {
+    let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), plain);
+    let conditions = row.conditions.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ");
+    let beside = |value| row.peer.as_ref().map_or_else(String::new, |_| number(value));
+    [
+        row.id.clone(),
+        conditions,
+        number(row.value),
+        row.unit.to_owned(),
+        row.spread.map_or_else(String::new, |[low, high]| format!("{}…{}", plain(low), plain(high))),
+        row.n.to_string(),
+        row.peer.clone().unwrap_or_default(),
+        beside(row.peer_value),
+        row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.3}")),
+    ]
+}
+
+/// As many decimals as say something.
+fn plain(value: f64) -> String {
+    match value.abs() {
+        size if value.fract() == 0.0 && size < 1e15 => format!("{value:.0}"),
+        size if size >= 100.0 => format!("{value:.1}"),
+        _ => format!("{value:.3}"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::quantile;
+    use super::*;
 
     #[test]
-    fn quantiles_are_by_rank() {
-        let values = [5.0, 1.0, 3.0, 2.0, 4.0];
-        assert_eq!(quantile(&values, 0.5), 3.0);
-        assert_eq!(quantile(&values, 0.99), 5.0);
-        assert_eq!(quantile(&values, 0.0), 1.0);
-        assert_eq!(quantile(&[], 0.5), 0.0);
+    fn columns_stand_below_each_other_and_reasons_are_shown() {
+        let mut conditions = Conditions::new();
+        conditions.insert("hogs".into(), json!(2));
+        let rows = [
+            Row::new("a.long_name_us", Some(12.5), "µs", 100, &conditions).spread(Some([1.0, 20.25])),
+            Row::new("b", Some(3.0), "", 1, &Conditions::new()).beside("peer", Some(6.0), Some(0.5)),
+            Row::left_out("c", "µs", "other peer", "it is not installed", &conditions),
+        ];
+        let table = table(&rows);
+        let lines: Vec<&str> = table.lines().collect();
+        assert_eq!(lines.len(), 4);
+        let place = |line: &str, word: &str| line.split(word).next().unwrap().chars().count();
+        assert_eq!(place(lines[2], "peer"), place(lines[3], "other peer"));
+        assert!(lines[1].contains("1…20.250") && lines[2].ends_with("0.500"), "{table}");
+        assert!(lines[3].contains('–') && lines[3].ends_with("it is not installed"), "{table}");
+    }
+
+    #[test]
+    fn a_row_without_a_value_is_null_and_says_why() {
+        let row = Row::left_out("c", "µs", "p", "because", &Conditions::new());
+        let value = serde_json::to_value(row).unwrap();
+        assert_eq!(
+            (&value["value"], &value["peer_value"], &value["ratio"]),
+            (&Value::Null, &Value::Null, &Value::Null)
+        );
+        assert_eq!(value["reason"], "because");
+        assert!(value.get("spread").is_none());
     }
 }

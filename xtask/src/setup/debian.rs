@@ -13,7 +13,7 @@ use crate::run;
 /// Package, a program that proves it is usable, why it is needed.
 /// Kept short: each entry is a minute of somebody's time. A C compiler is not among them: without one xtask itself
 /// could not have been built.
-const PACKAGES: [(&str, &str, &str); 4] = [
+const PACKAGES: [(&str, &str, &str); 5] = [
     (
         "redis-tools",
         "redis-benchmark",
@@ -22,6 +22,9 @@ const PACKAGES: [(&str, &str, &str); 4] = [
     ("iproute2", "ip", "tests look at network namespaces and sockets with it"),
     ("qemu-system-x86", "qemu-system-x86_64", "runs tests on other kernels, with pure cgroup v2"),
     ("busybox-static", "busybox", "is the first program of those virtual machines"),
+    // Not docker.io and criu, the benchmark's other peers: the one starts a daemon and changes the packet filter, the
+    // other does not work on newer kernels.
+    ("runc", "runc", "the benchmark compares handovers with restarts under it"),
 ];
 
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(900);

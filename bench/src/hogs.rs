@@ -1,0 +1,46 @@
+//! Processes that do nothing but burn CPU, at normal priority: the neighbours nobody chose.
+
+use std::process::Child;
+
+use anyhow::{Context as _, Result};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+
+use crate::process;
+
+/// Name of the hidden command that is one of them.
+pub(crate) const COMMAND: &str = "burn";
+
+/// Ended when dropped.
+pub(crate) struct Hogs(Vec<Child>);
+
+impl Hogs {
+    pub(crate) fn start(count: usize) -> Result<Self> {
+        let program = std::env::current_exe()?;
+        let mut hogs = Self(Vec::with_capacity(count));
+        for _ in 0..count {
+            let hog = process::command(&program).arg(COMMAND).spawn().context("cannot start a CPU hog")?;
+            hogs.0.push(hog);
+        }
+        Ok(hogs)
+    }
+}
+
+impl Drop for Hogs {
+    fn drop(&mut self) {
+        for hog in &mut self.0 {
+            // Fails when it has ended, which is as good.
+            let _ = hog.kill();
+            let _ = hog.wait();
+        }
+    }
+}
+
+/// What a hog does, until its parent ends.
+pub(crate) fn burn() -> Result<std::convert::Infallible> {
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    let mut number = 1_u64;
+    loop {
+        number = std::hint::black_box(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number >> 7);
+    }
+}
