@@ -1,5 +1,5 @@
-//! What moves between the generations of a service: state in shared memory ([`log`], [`map`]), descriptors and
-//! messages over a socket ([`channel`], [`message`]), and the one word that says who owns the service ([`control`]).
+//! What moves between the generations of a service: state in shared memory ([`log`], [`map`]) or copied through it
+//! ([`precopy`], [`snapshot`]), descriptors and messages over a socket ([`channel`], [`message`]), and the one word that says who owns the service ([`control`]).
 //!
 //! Not here: who may own and when (`handover`), and what a service's event loop does about it (`sdk`).
 //!
@@ -10,6 +10,8 @@
 pub mod channel;
 pub mod control;
 #[cfg(not(loom))]
+pub mod heap;
+#[cfg(not(loom))]
 pub mod log;
 #[cfg(not(loom))]
 pub mod map;
@@ -17,11 +19,15 @@ pub mod map;
 pub mod message;
 #[cfg(not(loom))]
 mod pool;
+#[cfg(not(loom))]
+pub mod precopy;
 pub mod publication;
 #[cfg(not(loom))]
 pub mod record;
 #[cfg(not(loom))]
 pub mod segment;
+#[cfg(not(loom))]
+pub mod snapshot;
 #[cfg(not(loom))]
 pub mod state;
 #[cfg(not(loom))]

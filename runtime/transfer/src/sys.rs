@@ -64,6 +64,17 @@ impl Mapping {
         self.0.len()
     }
 
+    /// Faults every page in for reading. Best effort: what is not mapped now is when it is read.
+    pub(crate) fn touch(&self) {
+        if self.0.advise(Advice::PopulateRead).is_err() {
+            // Before Linux 5.14: read a byte of every page instead.
+            for at in (0..self.len()).step_by(4096) {
+                // SAFETY: inside the mapping, of a file that cannot shrink; the value is not used, so it may be torn.
+                unsafe { self.as_ptr().add(at).read_volatile() };
+            }
+        }
+    }
+
     /// Faults every page in for writing, so that no later access waits for the kernel.
     pub(crate) fn populate(&self) -> io::Result<()> {
         match self.0.advise(Advice::PopulateWrite) {
