@@ -255,6 +255,8 @@ impl Supervisor {
             let reason = self.obituary(owner).reason;
             tracing::error!("{} lost its owner: {reason}; it is started again", self.service());
             self.last_trouble = Some(reason);
+            let greeting = self.greeting_of(owner);
+            self.note_lost_state(owner, greeting.as_ref());
             self.members.remove(&owner);
             self.fallen = Some(owner);
             self.connections.clear();
@@ -286,7 +288,7 @@ impl Supervisor {
                 }
                 self.revive_at = None;
                 self.revived_at = Some(Instant::now());
-                self.last_trouble = None;
+                self.last_trouble = self.state_lost.take();
             }
             Err(error) => {
                 let reason = with_causes(&error);
