@@ -217,7 +217,8 @@ fn execute(board: &mut impl Board, line: &str) -> String {
     let note = words.next().unwrap_or_default().to_owned();
     let changed = match (verb, points) {
         ("GET", _) => {
-            return board.score(&name).map_or_else(|| "-".to_owned(), |s| format!("{} {}", s.points, s.note));
+            let text = |score: &Score| format!("{} {}", score.points, score.note).trim_end().to_owned();
+            return board.score(&name).map_or_else(|| "-".to_owned(), text);
         }
         ("COUNT", _) => return board.names().to_string(),
         ("SET", Some(points)) => board.set(name, Some(Score { points, note })).map(|()| "OK".to_owned()),

@@ -437,8 +437,10 @@ impl Supervisor {
                     }
                 }
             }
-            // A program without the SDK may have closed the channel it did not know.
-            if attempt.rung < Rung::Fds && self.is_dead(to) {
+            // Asked again, because a channel closes a moment before it is known that its process has died; and a program
+            // without the SDK may have closed the channel it did not know.
+            let closed = self.members.get(&to).is_none_or(|member| member.closed);
+            if (closed || attempt.rung < Rung::Fds) && self.is_dead(to) {
                 return Err(self.obituary(to));
             }
             if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {

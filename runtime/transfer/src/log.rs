@@ -264,6 +264,11 @@ impl LogReader {
         }
     }
 
+    /// Whether a writer's first segment would be there without waiting.
+    pub(crate) fn spare_is_ready(&mut self) -> bool {
+        self.pool.is_ready()
+    }
+
     /// Back to a position that [`Self::position`] gave, to read the same records again.
     pub(crate) fn rewind(&mut self, position: LogPosition) {
         self.position = position;

@@ -371,6 +371,13 @@ impl<P: Precopy> State for Precopied<P> {
         self.write_base(Some(Instant::now() + SLICE))
     }
 
+    fn is_ready(&mut self) -> bool {
+        match &mut self.role {
+            Role::Follower(Some(reader)) => reader.spare_is_ready(),
+            _ => true,
+        }
+    }
+
     fn hand_over(&mut self) -> Result<(), LogError> {
         self.write_base(None).map(drop)
     }

@@ -103,6 +103,11 @@ pub trait State {
         Ok(Preparing::Done)
     }
 
+    /// Follower: could own without waiting for memory.
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+
     /// Owner, which has stopped serving: whatever is missing for a successor, before the last [`Self::commit`].
     ///
     /// # Errors

@@ -87,7 +87,7 @@ impl<S: State> Service<S> {
             }
             Role::Follower => {
                 let reached = wanted.is_none_or(|wanted| self.state.position() >= Some(wanted.position));
-                if self.state_broken || !reached {
+                if self.state_broken || !reached || !self.state.is_ready() {
                     return Ok(());
                 }
                 self.state.commit()
