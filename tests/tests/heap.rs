@@ -64,7 +64,7 @@ fn while_writing<R>(store: &Store, during: impl FnOnce() -> R) -> (R, Vec<Writte
 
 /// Past the test harness, which keeps to itself what a test that passed has printed.
 fn say(line: &str) {
-    writeln!(std::io::stderr(), "{line}").unwrap();
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
 }
 
 fn say_blackouts(way: &str, fill: usize, report: &Value, written: &[Written]) {
