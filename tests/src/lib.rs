@@ -8,6 +8,7 @@
 //! The same scenario programs run on the host and in a virtual machine with pure cgroup v2 (`cargo xtask vm`).
 
 mod agent;
+pub mod board;
 mod bpf;
 pub mod faults;
 mod ground;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use warmswap_model::{HandoverReport, Trigger};
+use warmswap_model::{HandoverReport, StateMove, Trigger};
 
 use crate::charts::{self, Size, verdict_class};
 use crate::format::{bytes, count, duration_us, escape, utc};
@@ -202,7 +202,12 @@ fn facts(report: &HandoverReport) -> String {
         parts.push(format!("{} of {} connections missing", count(missing), count(connections.sent)));
     }
     if report.state_bytes > 0 {
-        parts.push(format!("{} of state mapped, none copied", bytes(report.state_bytes)));
+        let state = bytes(report.state_bytes);
+        parts.push(match report.state {
+            StateMove::PreCopied => format!("{state} of state copied, all but the last while the old one served"),
+            StateMove::Snapshot => format!("{state} of state copied while nobody served"),
+            StateMove::Resident | StateMove::None => format!("{state} of state mapped, none copied"),
+        });
     }
     if report.reservation.cpu > 0.0 || report.reservation.memory > 0.0 {
         parts.push(format!("{:.0} % CPU and {:.0} MB reserved", report.reservation.cpu, report.reservation.memory));

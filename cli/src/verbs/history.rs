@@ -46,7 +46,7 @@ pub(super) fn history(here: &Here, service: &ServiceName, phases: bool, steps: b
             report.rung.to_string(),
             duration_or_dash(report.blackouts.first().map(|blackout| blackout.us)),
             report.connections.received.to_string(),
-            format!("{:.0} MiB", report.state_bytes as f64 / f64::from(1 << 20)),
+            format!("{:.0} MiB {}", report.state_bytes as f64 / f64::from(1 << 20), report.state),
             format!("{} → {}", p99(report.before), p99(report.after)),
             report.reason.clone().unwrap_or_default(),
         ]);

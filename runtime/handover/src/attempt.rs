@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use warmswap_model::{Blackout, ConnectionCounts, Generation, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung};
+use warmswap_model::{
+    Blackout, ConnectionCounts, Generation, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, StateMove,
+};
 
 /// What must be put right, in reverse order, when a handover ends before PROMOTE. Undoing never fails for good: a step
 /// that cannot be undone is logged and the next one runs.
@@ -28,6 +30,7 @@ pub(crate) struct Attempt {
     pub(crate) rung: Rung,
     pub(crate) blackouts: Vec<Blackout>,
     pub(crate) connections: ConnectionCounts,
+    pub(crate) state: StateMove,
     pub(crate) state_bytes: u64,
     pub(crate) before: Option<Measurements>,
     pub(crate) after: Option<Measurements>,
@@ -47,6 +50,7 @@ impl Attempt {
             rung: Rung::None,
             blackouts: Vec::new(),
             connections: ConnectionCounts::default(),
+            state: StateMove::None,
             state_bytes: 0,
             before: None,
             after: None,

@@ -271,6 +271,8 @@ impl Supervisor {
             let reason = self.obituary(owner).reason;
             tracing::error!("{} lost its owner: {reason}; it is started again", self.service());
             self.last_trouble = Some(reason);
+            let greeting = self.greeting_of(owner);
+            self.note_lost_state(owner, greeting.as_ref());
             self.members.remove(&owner);
             self.ownership.release(owner.0);
             self.fallen = Some(owner);
@@ -303,7 +305,7 @@ impl Supervisor {
                 }
                 self.revive_at = None;
                 self.revived_at = Some(Instant::now());
-                self.last_trouble = None;
+                self.last_trouble = self.state_lost.take();
             }
             Err(error) => {
                 let reason = with_causes(&error);

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use warmswap_backend::{ContainerId, PreparedImage};
-use warmswap_model::{CgroupId, Generation};
+use warmswap_model::{CgroupId, Generation, StateMove};
 use warmswap_transfer::channel::SupervisorChannel;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -24,6 +24,8 @@ pub enum Role {
 pub struct Greeting {
     pub schemas_read: Vec<u32>,
     pub schema_written: u32,
+    #[serde(default)]
+    pub state: StateMove,
 }
 
 #[derive(Debug)]

@@ -17,13 +17,14 @@ use std::time::{Duration, Instant};
 use warmswap_backend::{BackendError, ContainerState, Limits};
 use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
-    Rung, Trigger, Verdict, with_causes,
+    Rung, StateMove, Trigger, Verdict, with_causes,
 };
 use warmswap_transfer::message::{Commit, ToService};
 
 use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
 use crate::member::{Member, Role};
+use crate::moved::{incompatible, little_between};
 use crate::priority::Urgent;
 use crate::steps::Step;
 use crate::supervisor::{Notice, Stop, Supervisor};
@@ -38,9 +39,6 @@ const SWITCH_CPU_WEIGHT: u32 = 1000;
 const VERIFY_STRETCH: f64 = 10.0;
 /// SYNC repeats until a round adds nothing, at most this often.
 const SYNC_ROUNDS_MAX: u32 = 16;
-/// What may be left for DELTA after the last round.
-const LITTLE_LOG_BYTES: u64 = 256 << 10;
-const LITTLE_CONNECTIONS: usize = 16;
 /// How long a generation that is worse than the old one may take to hand back. Far above the usual budget: it may be slow
 /// to finish what it has in flight, and ending it by force would cost its connections.
 const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(2);
@@ -130,6 +128,7 @@ impl Supervisor {
             steps: self.steps.end(),
             blackouts: attempt.blackouts,
             connections: attempt.connections,
+            state: attempt.state,
             state_bytes: attempt.state_bytes,
             before: attempt.before,
             after: attempt.after,
@@ -202,6 +201,8 @@ impl Supervisor {
         let to = self.launch(prepared, &limits)?;
         debug_assert_eq!(to, attempt.to);
         attempt.rung = self.rung(attempt.from, to)?;
+        attempt.state =
+            self.greeting_of(attempt.from).filter(|_| attempt.rung == Rung::Full).map_or(StateMove::None, |g| g.state);
         Ok(format!("{to} ready, rung {}", attempt.rung))
     }
 
@@ -210,7 +211,11 @@ impl Supervisor {
         let greeting = |generation| self.members.get(&generation).and_then(|member| member.greeting.as_ref());
         match (greeting(from), greeting(to)) {
             (Some(old), Some(new)) if new.schemas_read.contains(&old.schema_written) => {
-                Ok(if self.segments.is_empty() { Rung::Fds } else { Rung::Full })
+                if let Some(reason) = incompatible(from, old, to, new) {
+                    return Err(Stop::new(reason));
+                }
+                let nothing = self.segments.is_empty() && !self.copies_state(from);
+                Ok(if nothing { Rung::Fds } else { Rung::Full })
             }
             (Some(old), Some(new)) => Err(Stop::new(format!(
                 "{to} cannot read the state of {from}: it is written in schema {}, {to} reads {:?}",
@@ -236,6 +241,7 @@ impl Supervisor {
         }
         let deadline = Instant::now() + Duration::from_secs_f64(self.record.file.handover.sync_s_max);
         attempt.state_bytes = self.send_segments(to)?;
+        self.state_moved = 0;
         self.connections.clear();
         attempt.undo.push(Undo::StopFollowing);
         self.tell(from, &ToService::Follow { on: true }, &[])?;
@@ -245,8 +251,8 @@ impl Supervisor {
         self.activate(plan, to);
         attempt.before = self.conditions.measure(&self.record.file.name, BASELINE);
         let rounds = 1 + self.catch_up(from, to, deadline)?;
-        let mb = attempt.state_bytes as f64 / f64::from(1 << 20);
-        Ok(format!("{mb:.0} MiB of state mapped, {} connections, {rounds} rounds", self.connections.len()))
+        let state = self.synced_state(attempt);
+        Ok(format!("{state}, {} connections, {rounds} rounds", self.connections.len()))
     }
 
     /// Brings the follower to where the owner is, until what is left is small; returns how many rounds it took.
@@ -335,6 +341,7 @@ impl Supervisor {
         let times = match switched {
             Ok(times) => times,
             Err(SwitchError::Before { began, stop }) => {
+                let stop = Self::explain_late(attempt, began, budget, stop);
                 attempt.record(Phase::Quiesce, began, PhaseOutcome::Failed);
                 self.say_ended(attempt, &stop.reason);
                 return Err(stop);
@@ -370,8 +377,10 @@ impl Supervisor {
         };
         let blackout = self.blackout(attempt.handover, from, to, &times);
         attempt.blackouts.push(blackout);
+        let delta = self.state_in_delta(attempt);
         for timing in &attempt.phases[said..] {
             let detail = match timing.phase {
+                Phase::Delta => delta.clone(),
                 Phase::Promote => format!("blackout {:.0} µs", blackout.us),
                 _ => String::new(),
             };
@@ -471,8 +480,10 @@ impl Supervisor {
                     }
                 }
             }
-            // A program without the SDK may have closed the channel it did not know.
-            if attempt.rung < Rung::Fds && self.is_dead(to) {
+            // Asked again, because a channel closes a moment before it is known that its process has died; and a program
+            // without the SDK may have closed the channel it did not know.
+            let closed = self.members.get(&to).is_none_or(|member| member.closed);
+            if (closed || attempt.rung < Rung::Fds) && self.is_dead(to) {
                 return Err(self.obituary(to));
             }
             let stopped_before = std::mem::replace(&mut stopped, self.is_stopped(to));
@@ -617,7 +628,7 @@ impl Supervisor {
             if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
                 tracing::warn!("{}", stop.reason);
             }
-            self.switch(attempt.handover, to, from, HAND_BACK_TIME_MAX)
+            self.switch(attempt.handover, to, from, self.hand_back_time(attempt, HAND_BACK_TIME_MAX))
         });
         match switched {
             Some(Ok(times)) => {
@@ -650,6 +661,7 @@ impl Supervisor {
         self.own_word(from, false);
         self.tell_own(from, attempt.handover, None, None, false)?;
         self.await_owned(from, attempt.handover)?;
+        Self::note_unreturned_state(attempt);
         // Nobody knows what the dead one had read of them, so their clients are told by a closed connection.
         if !self.connections.is_empty() {
             attempt.lost.push(format!("{} connections closed when {to} died", self.connections.len()));
@@ -683,19 +695,6 @@ impl Supervisor {
             self.discard(generation);
         }
     }
-}
-
-/// Whether so little happened between two rounds that the follower makes up for it in a fraction of a millisecond.
-fn little_between(last: (Option<Commit>, usize), now: (Option<Commit>, usize)) -> bool {
-    let connections = now.1.abs_diff(last.1);
-    let bytes = match (last.0, now.0) {
-        (Some(Commit { position: last, .. }), Some(Commit { position: now, .. })) if last.segment == now.segment => {
-            now.offset.abs_diff(last.offset)
-        }
-        (None, None) => 0,
-        _ => u64::MAX,
-    };
-    connections <= LITTLE_CONNECTIONS && bytes <= LITTLE_LOG_BYTES
 }
 
 struct SwitchTimes {

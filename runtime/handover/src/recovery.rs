@@ -7,7 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use warmswap_backend::{Backend, BackendError, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
-use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict, with_causes};
+use warmswap_model::{
+    ConnectionCounts, Generation, HandoverReport, PerResource, Rung, StateMove, Trigger, Verdict, with_causes,
+};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::control::{ControlView, ControlWord};
 use warmswap_transfer::message::ToService;
@@ -94,7 +96,7 @@ impl Supervisor {
             self.last_trouble = Some(trouble);
         }
         let is_owner = self.record.owner == Some(generation);
-        if is_owner || self.segments.is_empty() {
+        if (is_owner || self.segments.is_empty()) && self.keeps_segments() {
             // The owner's store is the one that is complete; a dead owner's store still holds the state.
             self.segments.extend(segments);
         }
@@ -169,6 +171,10 @@ impl Supervisor {
         }
         if self.owner().is_none() {
             self.last_trouble = Some("its owner died while no agent ran; it is started again".into());
+            if let Some(owner) = self.record.owner {
+                let greeting = self.record.greeting.clone();
+                self.note_lost_state(owner, greeting.as_ref());
+            }
             self.revive_later();
         }
         if let Err(error) = self.journal.rewrite(&self.record) {
@@ -202,6 +208,7 @@ impl Supervisor {
             steps: Vec::new(),
             blackouts: Vec::new(),
             connections: ConnectionCounts::default(),
+            state: self.record.greeting.as_ref().map_or(StateMove::None, |greeting| greeting.state),
             state_bytes: 0,
             before: None,
             after: None,

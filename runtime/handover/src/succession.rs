@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use warmswap_backend::{ContainerState, is_stopped};
-use warmswap_model::{Blackout, Generation, Phase, PhaseOutcome, Rung, with_causes};
+use warmswap_model::{Blackout, Generation, Phase, PhaseOutcome, Rung, StateMove, with_causes};
 
 use crate::attempt::Attempt;
 use crate::member::{Member, Role};
@@ -27,10 +27,22 @@ impl Supervisor {
         let ready = |member: &Member| member.ready && member.cooperates() && !member.closed;
         !attempt.promoted
             && attempt.rung >= Rung::Fds
+            && self.has_whole_state(attempt)
             && self.members.get(&attempt.to).is_some_and(ready)
             && (self.is_dead(attempt.from) || self.is_stopped(attempt.from))
             && !self.is_dead(attempt.to)
             && !self.is_stopped(attempt.to)
+    }
+
+    /// State in the shared log is there for whoever comes. What is copied has arrived when SYNC has ended, or never does.
+    fn has_whole_state(&self, attempt: &Attempt) -> bool {
+        let synced =
+            || attempt.phases.iter().any(|timing| timing.phase == Phase::Sync && timing.outcome == PhaseOutcome::Done);
+        match attempt.state {
+            StateMove::PreCopied => synced(),
+            StateMove::Snapshot => false,
+            StateMove::Resident | StateMove::None => true,
+        }
     }
 
     /// Makes the shadow the owner without the old owner's help.

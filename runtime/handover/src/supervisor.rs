@@ -27,6 +27,7 @@ use crate::error::{HandoverError, LogTail};
 use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
 use crate::member::{Greeting, Member, MemberStatus, Role};
+use crate::moved::state_move;
 use crate::steps::{Step, Steps};
 
 /// Names in the descriptor store of a container.
@@ -99,6 +100,10 @@ pub struct Supervisor {
     pub(crate) revive_delay: Duration,
     pub(crate) revived_at: Option<Instant>,
     pub(crate) last_trouble: Option<String>,
+    /// Bytes of state that the owner has copied for the present follower.
+    pub(crate) state_moved: u64,
+    /// To be said once the service is back without its state.
+    pub(crate) state_lost: Option<String>,
 }
 
 impl Supervisor {
@@ -165,6 +170,8 @@ impl Supervisor {
             revive_delay: REVIVE_DELAY_MIN,
             revived_at: None,
             last_trouble: None,
+            state_moved: 0,
+            state_lost: None,
         })
     }
 
@@ -469,8 +476,9 @@ impl Supervisor {
     fn route(&mut self, from: Generation, message: ToSupervisor, fds: Vec<OwnedFd>) {
         self.steps.take(Step::Hear(from, message.name()));
         let notice = match message {
-            ToSupervisor::Hello { protocol, schemas_read, schema_written, .. } => {
-                self.welcome(from, protocol, Greeting { schemas_read, schema_written })
+            ToSupervisor::Hello { protocol, schemas_read, schema_written, state, .. } => {
+                let state = state_move(state);
+                self.welcome(from, protocol, Greeting { schemas_read, schema_written, state })
             }
             ToSupervisor::Ready => {
                 if let Some(member) = self.members.get_mut(&from) {
@@ -479,7 +487,15 @@ impl Supervisor {
                 Some(Notice::Ready)
             }
             // Only the owner has anything to say about state and connections; whoever else tries is not heard.
+            ToSupervisor::Segment { index } if self.speaks_for_service(from) && self.copies_state(from) => {
+                self.pass_segment(index, &fds);
+                None
+            }
             ToSupervisor::Segment { index } if self.speaks_for_service(from) => self.keep_segment(index, fds),
+            ToSupervisor::StateMoved { bytes } if self.speaks_for_service(from) => {
+                self.state_moved = bytes;
+                None
+            }
             ToSupervisor::SegmentRetired { index } if self.speaks_for_service(from) => {
                 self.drop_segment(index);
                 None
@@ -496,6 +512,7 @@ impl Supervisor {
             }
             ToSupervisor::Segment { .. }
             | ToSupervisor::SegmentRetired { .. }
+            | ToSupervisor::StateMoved { .. }
             | ToSupervisor::Connections { .. }
             | ToSupervisor::ConnectionsClosed { .. } => {
                 tracing::warn!("{from} of {} is not the owner; its message is dropped", self.record.file.name);
@@ -591,7 +608,7 @@ impl Supervisor {
         None
     }
 
-    fn forward(&mut self, message: &ToService, fds: &[BorrowedFd<'_>]) {
+    pub(crate) fn forward(&mut self, message: &ToService, fds: &[BorrowedFd<'_>]) {
         for member in self.members.values_mut().filter(|member| member.follows()) {
             self.steps.take(Step::Tell(member.id.generation, message.name()));
             if let Err(error) = member.channel.send(message, fds) {

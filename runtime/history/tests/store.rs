@@ -9,7 +9,7 @@ use std::time::Instant;
 use warmswap_history::{BlobKind, History, HistoryError, Retention};
 use warmswap_model::{
     CgroupId, ConnectionCounts, FeatureWindow, Generation, HandoverReport, LatencyHistogram, PerResource, ProbeCounts,
-    Rung, ServiceName, Trigger, Verdict,
+    Rung, ServiceName, StateMove, Trigger, Verdict,
 };
 
 /// A full minute, so that minutes and windows begin together.
@@ -54,6 +54,7 @@ fn report(id: u64, service: &str) -> HandoverReport {
         steps: Vec::new(),
         blackouts: Vec::new(),
         connections: ConnectionCounts::default(),
+        state: StateMove::PreCopied,
         state_bytes: 1 << 30,
         before: None,
         after: None,

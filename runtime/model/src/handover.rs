@@ -119,6 +119,45 @@ impl fmt::Display for Rung {
     }
 }
 
+/// How the state of a service gets from one generation to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StateMove {
+    /// There is none, or it does not move.
+    #[default]
+    None,
+    /// It lies in memory that both map.
+    Resident,
+    /// It is copied while the old generation serves, and every change after it.
+    PreCopied,
+    /// It is copied while nobody serves.
+    Snapshot,
+}
+
+impl StateMove {
+    /// As in "its state moves …".
+    #[must_use]
+    pub const fn how(self) -> &'static str {
+        match self {
+            Self::None => "not at all",
+            Self::Resident => "in shared memory",
+            Self::PreCopied => "pre-copied",
+            Self::Snapshot => "as a snapshot",
+        }
+    }
+}
+
+impl fmt::Display for StateMove {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::None => "none",
+            Self::Resident => "resident",
+            Self::PreCopied => "pre-copied",
+            Self::Snapshot => "snapshot",
+        })
+    }
+}
+
 /// Why a handover was started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
@@ -189,7 +228,9 @@ pub struct HandoverReport {
     /// Forward and, after a rollback, backward. Empty when the new generation never served.
     pub blackouts: Vec<Blackout>,
     pub connections: ConnectionCounts,
-    /// Bytes of state the shadow mapped, without copying.
+    #[serde(default)]
+    pub state: StateMove,
+    /// Bytes of state that moved: mapped when it is resident, copied otherwise.
     pub state_bytes: u64,
     pub before: Option<Measurements>,
     pub after: Option<Measurements>,

@@ -15,8 +15,8 @@ mod window;
 pub use causes::with_causes;
 pub use demand::{Champion, DemandVector, Quantiles};
 pub use handover::{
-    Blackout, ConnectionCounts, HandoverReport, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, StepTiming,
-    Trigger, Verdict,
+    Blackout, ConnectionCounts, HandoverReport, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, StateMove,
+    StepTiming, Trigger, Verdict,
 };
 pub use id::{CgroupId, Generation, InvalidServiceName, ServiceName};
 pub use latency::LatencyHistogram;

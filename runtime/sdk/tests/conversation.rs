@@ -13,6 +13,8 @@ use warmswap_sdk::transfer::log::LogConfig;
 use warmswap_sdk::transfer::map::ResidentMap;
 use warmswap_sdk::transfer::message::{Commit, ConnectionRecord, ToService, ToSupervisor, socket_cookie};
 use warmswap_sdk::transfer::ownership::{CLAIM_AFTER, OwnershipLock};
+use warmswap_sdk::transfer::precopy::{Precopied, Precopy};
+use warmswap_sdk::transfer::snapshot::{ArchivedShard, Snapshot, Snapshotted};
 use warmswap_sdk::transfer::state::{NoState, State};
 use warmswap_sdk::{Event, OUTBOX_LEN_MAX, Service};
 
@@ -364,6 +366,102 @@ fn a_segment_is_announced_before_its_first_record_is_published() {
     stage.service.state_mut().insert(b"b", &1).unwrap();
     stage.service.commit().unwrap();
     assert_eq!(stage.said(), []);
+}
+
+/// Words, one a piece.
+#[derive(Default)]
+struct Words(Vec<String>);
+
+impl Precopy for Words {
+    type Piece = String;
+    type Cursor = usize;
+
+    fn begin(&self) -> usize {
+        0
+    }
+
+    fn next(&self, at: &mut usize) -> Option<String> {
+        *at += 1;
+        self.0.get(*at - 1).cloned()
+    }
+
+    fn apply(&mut self, piece: String) {
+        self.0.push(piece);
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+#[test]
+fn an_owner_has_caught_up_when_the_base_of_its_state_is_out_and_serves_meanwhile() {
+    let mut stage = Stage::owning(Precopied::new(Words::default(), LogConfig::new(1)));
+    for n in 0..20_000 {
+        stage.service.state_mut().change(format!("{n:0>100}")).unwrap();
+    }
+    stage.service.commit().unwrap();
+    assert_eq!(stage.said(), [], "nobody follows");
+    stage.tell(&ToService::Follow { on: true });
+    stage.tell(&ToService::CaughtUp { round: 1, commit: None });
+    let (mut said, mut polls) = (Vec::new(), 0);
+    while !matches!(said.last(), Some(ToSupervisor::CaughtUp { round: 1, commit: Some(_), .. })) {
+        said.extend(stage.said());
+        polls += 1;
+        if polls == 2 {
+            assert!(stage.service.wake_within().is_some_and(|within| within <= Duration::from_millis(1)));
+        }
+    }
+    assert!(polls > 5, "all of it in {polls} calls");
+    let moved = said.iter().rev().nth(1);
+    assert!(matches!(moved, Some(ToSupervisor::StateMoved { bytes }) if *bytes > 2_000_000), "{moved:?}");
+    assert_eq!(said.iter().filter(|message| matches!(message, ToSupervisor::Segment { .. })).count(), 1);
+    assert_eq!(stage.service.wake_within(), None, "nothing is left to do");
+    // Let go of when nobody follows.
+    stage.tell(&ToService::Follow { on: false });
+    stage.said();
+    assert_eq!(stage.service.commit().unwrap(), None);
+}
+
+/// Cannot be told: no shards.
+struct Unspeakable;
+
+impl Snapshot for Unspeakable {
+    type Shard = u64;
+
+    fn shards(&self) -> Vec<&u64> {
+        Vec::new()
+    }
+
+    fn len_hint(&self) -> usize {
+        0
+    }
+
+    fn restore(&mut self, _shards: Vec<ArchivedShard<u64>>) -> Result<(), rkyv::rancor::Error> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_owner_whose_state_cannot_be_handed_over_says_why_and_goes_on_with_what_it_carried_over() {
+    let mut stage = Stage::owning(Snapshotted::new(Unspeakable, LogConfig::new(1)));
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Follow { on: true });
+    stage.tell(&ToService::CaughtUp { round: 1, commit: None });
+    let said = stage.said();
+    let failed = |what: &str| what.contains("0 shards");
+    assert!(said.iter().any(|message| matches!(message, ToSupervisor::Failed { what } if failed(what))), "{said:?}");
+    assert!(said.iter().all(|message| !matches!(message, ToSupervisor::CaughtUp { .. })), "{said:?}");
+    // A supervisor that goes on all the same.
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    let said = stage.said();
+    assert!(said.iter().any(|message| matches!(message, ToSupervisor::Failed { what } if failed(what))), "{said:?}");
+    assert!(said.iter().all(|message| !matches!(message, ToSupervisor::Yielded { .. })), "{said:?}");
+    stage.tell(&ToService::Own { handover: 10, commit: None, connections_open: None, follow: false });
+    let events = stage.events();
+    assert!(matches!(&events[..], [Event::ConnectionCarry { .. }, Event::BecomeOwner { .. }]), "{events:?}");
 }
 
 #[test]

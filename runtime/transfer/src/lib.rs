@@ -1,6 +1,6 @@
-//! What moves between the generations of a service: state in shared memory ([`log`], [`map`]), descriptors and
-//! messages over a socket ([`channel`], [`message`]), and the two words that say who is to own the service ([`control`]) and who
-//! does ([`ownership`]).
+//! What moves between the generations of a service: state in shared memory ([`log`], [`store`]) or copied through it
+//! ([`precopy`], [`snapshot`]), descriptors and messages over a socket ([`channel`], [`message`]), and the two words that say
+//! who is to own the service ([`control`]) and who does ([`ownership`]).
 //!
 //! Not here: who may own and when (`handover`), and what a service's event loop does about it (`sdk`).
 //!
@@ -10,6 +10,8 @@
 #[cfg(not(loom))]
 pub mod channel;
 pub mod control;
+#[cfg(not(loom))]
+pub mod heap;
 #[cfg(not(loom))]
 pub mod log;
 #[cfg(not(loom))]
@@ -21,11 +23,15 @@ pub mod ownership;
 pub mod page;
 #[cfg(not(loom))]
 mod pool;
+#[cfg(not(loom))]
+pub mod precopy;
 pub mod publication;
 #[cfg(not(loom))]
 pub mod record;
 #[cfg(not(loom))]
 pub mod segment;
+#[cfg(not(loom))]
+pub mod snapshot;
 #[cfg(not(loom))]
 pub mod state;
 #[cfg(not(loom))]

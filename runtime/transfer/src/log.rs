@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
+use crate::heap::HeapError;
 use crate::message::LogPosition;
 use crate::pool::SegmentPool;
 use crate::record::{self, RecordError, RecordKind, RecordView};
@@ -92,6 +93,8 @@ pub enum LogError {
     NotOwner,
     #[error("the owner of the log takes no segments from others")]
     NotFollower,
+    #[error(transparent)]
+    Heap(#[from] HeapError),
 }
 
 /// Where a record lies, and how long it is with its padding.
@@ -261,6 +264,11 @@ impl LogReader {
         }
     }
 
+    /// Whether a writer's first segment would be there without waiting.
+    pub(crate) fn spare_is_ready(&mut self) -> bool {
+        self.pool.is_ready()
+    }
+
     /// Back to a position that [`Self::position`] gave, to read the same records again.
     pub(crate) fn rewind(&mut self, position: LogPosition) {
         self.position = position;
@@ -346,6 +354,11 @@ impl LogWriter {
     #[must_use]
     pub fn stalls(&self) -> u64 {
         self.pool.stalls()
+    }
+
+    /// Whether the next segment would be there without waiting.
+    pub(crate) fn spare_is_ready(&mut self) -> bool {
+        self.pool.is_ready()
     }
 
     /// Longest record this log takes, bytes, with header and padding.

@@ -68,6 +68,19 @@ pub struct Commit {
     pub digest: u64,
 }
 
+/// How the state of a service gets to a successor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+pub enum StateKind {
+    /// There is none.
+    None,
+    /// It lives in segments that every generation maps.
+    Resident,
+    /// It lives in the owner's memory; a copy is written while the owner serves, then every change.
+    Precopied,
+    /// It lives in the owner's memory; a copy is written when the owner has stopped serving.
+    Snapshot,
+}
+
 /// One established connection on its way from owner to follower.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 pub struct ConnectionRecord {
@@ -136,6 +149,7 @@ pub enum ToSupervisor {
         sdk: String,
         schemas_read: Vec<u32>,
         schema_written: u32,
+        state: StateKind,
     },
     /// Initialised; could own as soon as it is told.
     Ready,
@@ -146,6 +160,11 @@ pub enum ToSupervisor {
     /// Everything alive in segment `index` has been appended again and committed.
     SegmentRetired {
         index: u64,
+    },
+    /// From the owner of a state that is copied, before `CaughtUp` and `Yielded`: how many bytes of it were written for
+    /// the present follower.
+    StateMoved {
+        bytes: u64,
     },
     /// As many descriptors as records with `attached`.
     Connections {
@@ -271,6 +290,7 @@ impl Message for ToSupervisor {
             Self::CaughtUp { .. } => "CaughtUp",
             Self::Yielded { .. } => "Yielded",
             Self::Owned { .. } => "Owned",
+            Self::StateMoved { .. } => "StateMoved",
             Self::Drained => "Drained",
             Self::Failed { .. } => "Failed",
         }

@@ -1,6 +1,7 @@
 //! A thread that makes segments before they are needed and unmaps them after: both take milliseconds, and neither
 //! may happen while a client waits.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
@@ -20,6 +21,8 @@ enum Job {
 pub(crate) struct SegmentPool {
     jobs: Sender<Job>,
     made: Receiver<Result<BlankSegment, SegmentError>>,
+    /// Taken out of `made` by [`Self::is_ready`].
+    seen: VecDeque<Result<BlankSegment, SegmentError>>,
     stalls: u64,
 }
 
@@ -44,7 +47,7 @@ impl SegmentPool {
             len: 0,
             source,
         })?;
-        let pool = Self { jobs, made, stalls: 0 };
+        let pool = Self { jobs, made, seen: VecDeque::new(), stalls: 0 };
         for _ in 0..spares.max(1) {
             pool.order(Job::Make);
         }
@@ -56,6 +59,12 @@ impl SegmentPool {
         let _ = self.jobs.send(job);
     }
 
+    /// Whether [`Self::take`] would not wait.
+    pub(crate) fn is_ready(&mut self) -> bool {
+        self.seen.extend(self.made.try_recv());
+        !self.seen.is_empty()
+    }
+
     /// A blank segment; orders its replacement. Waits only when segments are used up faster than the kernel gives memory.
     pub(crate) fn take(&mut self) -> Result<BlankSegment, SegmentError> {
         let dead = || SegmentError::System {
@@ -63,7 +72,7 @@ impl SegmentPool {
             len: 0,
             source: std::io::Error::other("the thread that makes segments does not answer"),
         };
-        let made = match self.made.try_recv() {
+        let made = match self.seen.pop_front().map_or_else(|| self.made.try_recv(), Ok) {
             Ok(made) => made,
             Err(TryRecvError::Disconnected) => return Err(dead()),
             Err(TryRecvError::Empty) => {

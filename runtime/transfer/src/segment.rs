@@ -289,6 +289,20 @@ impl Segment {
         Some(unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(from), to - from) })
     }
 
+    /// Everything behind the header, while nothing is committed: nobody looks at it.
+    pub(crate) fn blank(&mut self) -> &mut [u8] {
+        assert!(self.writable && self.is_empty());
+        let len = self.len() - HEADER_LEN;
+        // SAFETY: inside the writable mapping; `get` hands out nothing of it before something is committed, for which
+        // this borrow must have ended.
+        unsafe { std::slice::from_raw_parts_mut(self.map.as_ptr().add(HEADER_LEN), len) }
+    }
+
+    /// Maps every page of a segment that another process has filled or will fill, so that reading it waits for nothing.
+    pub(crate) fn touch(&self) {
+        self.map.touch();
+    }
+
     /// Writes past the append position.
     pub(crate) fn write(&mut self, at: usize, parts: &[&[u8]]) {
         assert!(self.writable);

@@ -1,12 +1,13 @@
 //! What the SDK needs to know of a service's state to carry it through a handover.
 //!
-//! Implemented by [`crate::map::ResidentMap`] and, for services that keep none, by [`NoState`]. Not for the service's own
-//! use of its state.
+//! Implemented by [`crate::map::ResidentMap`] for state that lives in the shared log; for state that lives in a
+//! program's own structures by [`crate::precopy::Precopied`] and [`crate::snapshot::Snapshotted`]; and, for services that
+//! keep none, by [`NoState`]. Not for the service's own use of its state.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::log::LogError;
-use crate::message::{Commit, LogPosition};
+use crate::message::{Commit, LogPosition, StateKind};
 
 /// Something the other process must learn about this state's segments, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +16,28 @@ pub enum SegmentNotice {
     Retired(u64),
 }
 
-/// State in a shared log.
+/// Who follows an owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Followed {
+    /// Nobody, or nobody any more.
+    ByNobody,
+    /// A process that holds nothing yet.
+    ByNewcomer,
+    /// The predecessor, which holds everything up to now.
+    ByPredecessor,
+}
+
+/// What is left of the work that [`State::prepare`] does for a follower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preparing {
+    /// Call again as soon as clients have had their turn.
+    More,
+    /// Call again in a while: something is awaited.
+    Later,
+    Done,
+}
+
+/// State that moves with a handover. The methods with defaults are for state outside the shared log.
 pub trait State {
     /// Schemas this program reads, and the one it writes.
     fn schemas(&self) -> (Vec<u32>, u32);
@@ -58,6 +80,46 @@ pub trait State {
 
     /// The descriptor of a segment that [`Self::take_notice`] named as new; `None` when it was retired since.
     fn segment_fd(&self, index: u64) -> Option<BorrowedFd<'_>>;
+
+    /// How this state moves. Two generations hand it over only when both say the same.
+    fn kind(&self) -> StateKind {
+        StateKind::Resident
+    }
+
+    /// Owner: another process, or nobody, follows from now on.
+    ///
+    /// # Errors
+    /// When what a follower needs cannot be begun; nobody can follow then.
+    fn followed(&mut self, _by: Followed) -> Result<(), LogError> {
+        Ok(())
+    }
+
+    /// Owner, while it is followed: a slice of what a follower must have before the owner yields, short enough to be
+    /// done between two requests.
+    ///
+    /// # Errors
+    /// When it cannot be done; nobody can follow then.
+    fn prepare(&mut self) -> Result<Preparing, LogError> {
+        Ok(Preparing::Done)
+    }
+
+    /// Follower: could own without waiting for memory.
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+
+    /// Owner, which has stopped serving: whatever is missing for a successor, before the last [`Self::commit`].
+    ///
+    /// # Errors
+    /// When no successor can take over from here; this process still can.
+    fn hand_over(&mut self) -> Result<(), LogError> {
+        Ok(())
+    }
+
+    /// Bytes written for the present follower; 0 for a state that is shared.
+    fn bytes_moved(&self) -> u64 {
+        0
+    }
 }
 
 /// For services whose connections move but that keep nothing else.
@@ -101,5 +163,9 @@ impl State for NoState {
 
     fn segment_fd(&self, _index: u64) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    fn kind(&self) -> StateKind {
+        StateKind::None
     }
 }

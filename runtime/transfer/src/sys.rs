@@ -5,6 +5,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+/// Faulted in at a time, bytes.
+const POPULATE_LEN: usize = 256 << 10;
+
 /// `-1` becomes the last OS error.
 pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -64,19 +67,34 @@ impl Mapping {
         self.0.len()
     }
 
-    /// Faults every page in for writing, so that no later access waits for the kernel.
-    pub(crate) fn populate(&self) -> io::Result<()> {
-        match self.0.advise(Advice::PopulateWrite) {
-            // Before Linux 5.14: touch a byte of every page instead.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                for at in (0..self.len()).step_by(4096) {
-                    // SAFETY: inside our own writable mapping; written before anybody else has the descriptor.
-                    unsafe { self.as_ptr().add(at).write_volatile(0) };
-                }
-                Ok(())
+    /// Faults every page in for reading. Best effort: what is not mapped now is when it is read.
+    pub(crate) fn touch(&self) {
+        if self.0.advise(Advice::PopulateRead).is_err() {
+            // Before Linux 5.14: read a byte of every page instead.
+            for at in (0..self.len()).step_by(4096) {
+                // SAFETY: inside the mapping, of a file that cannot shrink; the value is not used, so it may be torn.
+                unsafe { self.as_ptr().add(at).read_volatile() };
             }
-            other => other,
         }
+    }
+
+    /// Faults every page in for writing, so that no later access waits for the kernel. A piece at a time: the kernel keeps
+    /// the whole address space locked meanwhile, and other threads of a service want memory too.
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        for from in (0..self.len()).step_by(POPULATE_LEN) {
+            let len = POPULATE_LEN.min(self.len() - from);
+            match self.0.advise_range(Advice::PopulateWrite, from, len) {
+                // Before Linux 5.14: touch a byte of every page instead.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    for at in (from..from + len).step_by(4096) {
+                        // SAFETY: inside our own writable mapping; written before anybody else has the descriptor.
+                        unsafe { self.as_ptr().add(at).write_volatile(0) };
+                    }
+                }
+                other => other?,
+            }
+        }
+        Ok(())
     }
 }
 

@@ -4,7 +4,7 @@
 use warmswap_load::Totals;
 use warmswap_model::{
     Blackout, ConnectionCounts, Generation, HandoverReport, PerResource, Phase, PhaseOutcome, PhaseTiming, Resource,
-    Rung, ServiceName, Trigger, Verdict,
+    Rung, ServiceName, StateMove, Trigger, Verdict,
 };
 use warmswap_report::{
     ClientLoad, ClientView, ForecastPoint, ForecastSeries, HandoverView, LatencyPoint, Machine, ReportInput,
@@ -49,6 +49,7 @@ fn handover(id: u64, at_s: f64, images: (&str, &str), verdict: Verdict, phases: 
         steps: Vec::new(),
         blackouts: Vec::new(),
         connections: ConnectionCounts { sent: 1000, received: 1000, closed_meanwhile: 0 },
+        state: StateMove::Resident,
         state_bytes: 64 << 20,
         before: None,
         after: None,

@@ -50,6 +50,7 @@ pub struct Times {
 pub struct Mini {
     listener: TcpListener,
     page: ControlPage,
+    ownership: OwnershipLock,
     /// Lives as long as this supervisor.
     lifeline: (PipeReader, PipeWriter),
     epoch: u32,

@@ -2,6 +2,7 @@
 
 mod connections;
 mod ownership;
+mod state;
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -18,10 +19,11 @@ use warmswap_transfer::message::{
 };
 use warmswap_transfer::ownership::OwnershipLock;
 use warmswap_transfer::page::PageError;
-use warmswap_transfer::state::{SegmentNotice, State};
+use warmswap_transfer::state::{Followed, SegmentNotice, State};
 
 use crate::environment::{self, Listener};
 use crate::outbox::Outbox;
+use state::Preparation;
 
 /// How long [`join`] waits for the supervisor's welcome.
 const WELCOME_TIME_MAX: Duration = Duration::from_secs(10);
@@ -163,6 +165,8 @@ pub struct Service<S> {
     outbox: Outbox,
     /// A follower wants to hear of every change.
     follow: bool,
+    /// What of the state is still to be done for that follower.
+    preparation: Preparation,
     resend: VecDeque<u64>,
     opened: Vec<u64>,
     closed: Vec<u64>,
@@ -223,7 +227,9 @@ impl<S: State> Service<S> {
     pub fn with_channel(state: S, listeners: Vec<Listener>, mut channel: ServiceChannel) -> Result<Self, SdkError> {
         let (schemas_read, schema_written) = state.schemas();
         let sdk = env!("CARGO_PKG_VERSION").to_owned();
-        channel.send(&ToSupervisor::Hello { protocol: PROTOCOL_VERSION, sdk, schemas_read, schema_written }, &[])?;
+        let (protocol, state_kind) = (PROTOCOL_VERSION, state.kind());
+        let hello = ToSupervisor::Hello { protocol, sdk, schemas_read, schema_written, state: state_kind };
+        channel.send(&hello, &[])?;
         let (welcome, fds) = channel.recv_timeout(WELCOME_TIME_MAX)?.ok_or(SdkError::NoWelcome)?;
         let ToService::Welcome { service: _, generation, owner } = welcome else {
             return Err(SdkError::Unexpected { got: welcome.name() });
@@ -246,6 +252,7 @@ impl<S: State> Service<S> {
             events: VecDeque::new(),
             outbox: Outbox::default(),
             follow: false,
+            preparation: Preparation::default(),
             resend: VecDeque::new(),
             opened: Vec::new(),
             closed: Vec::new(),
@@ -318,9 +325,9 @@ impl<S: State> Service<S> {
     pub fn wake_within(&self) -> Option<Duration> {
         let link = self.link.as_ref().filter(|link| !link.lost)?;
         let _ = link;
-        if !self.events.is_empty() || !self.resend.is_empty() {
+        if !self.events.is_empty() || !self.resend.is_empty() || self.preparation.is_due() {
             Some(Duration::ZERO)
-        } else if !self.outbox.is_empty() {
+        } else if !self.outbox.is_empty() || self.preparation.waits() {
             Some(RETRY_INTERVAL)
         } else if self.role == Role::Follower && !self.state_broken {
             Some(FOLLOW_INTERVAL)
@@ -421,6 +428,7 @@ impl<S: State> Service<S> {
     pub fn yielded(&mut self, carry: Vec<(u64, Vec<u8>)>) -> Result<(), SdkError> {
         let Some((handover, deadline)) = self.quiescing.take() else { return Ok(()) };
         self.mark(MARK_STOPPED, handover);
+        let state_problem = self.state.hand_over().err();
         let commit = self.commit()?;
         while !self.resend.is_empty() {
             self.send_some_connections()?;
@@ -440,14 +448,20 @@ impl<S: State> Service<S> {
             }
         }
         self.push_records(&records, Vec::new());
+        self.say_moved();
         self.state.become_follower();
         self.role = Role::Follower;
         self.follow = false;
+        self.preparation = Preparation::default();
         let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
         self.yielded = Some(Yielded { handover, carry: kept, word });
         self.release_ownership();
         let connections_open = self.connections.len() as u64;
-        self.outbox.push(ToSupervisor::Yielded { handover, commit, connections_open }, Vec::new());
+        match state_problem {
+            None => self.outbox.push(ToSupervisor::Yielded { handover, commit, connections_open }, Vec::new()),
+            // The handover is called off, and this process is told to own again.
+            Some(problem) => self.fail(describe(&problem)),
+        }
         let Some(link) = self.link.as_ref() else { return Ok(()) };
         // Nobody is served now, so this may wait for a supervisor that reads slowly, within the budget.
         let sent = self.outbox.flush_until(&link.channel, deadline);
@@ -490,21 +504,11 @@ impl<S: State> Service<S> {
             self.follow_log();
         }
         self.outlive_supervisor();
+        self.prepare_state()?;
         self.send_some_connections()?;
         self.send_changes()?;
         self.answer_caught_up()?;
         self.flush()
-    }
-
-    fn follow_log(&mut self) {
-        if self.state_broken {
-            return;
-        }
-        if let Err(error) = self.state.follow() {
-            // Said once. This process can not become owner any more; its `Own` would fail with the same reason.
-            self.state_broken = true;
-            self.fail(describe(&error));
-        }
     }
 
     fn handle(&mut self, message: ToService, fds: Vec<OwnedFd>) -> Result<(), SdkError> {
@@ -546,6 +550,9 @@ impl<S: State> Service<S> {
                 self.opened.clear();
                 self.closed.clear();
                 self.resend = if self.follow { self.connections.keys().copied().collect() } else { VecDeque::new() };
+                if self.role == Role::Owner {
+                    self.state_followed(if on { Followed::ByNewcomer } else { Followed::ByNobody });
+                }
             }
             ToService::Connections { records } => self.take_connections(records, fds),
             ToService::ConnectionsClosed { cookies } => {
@@ -582,28 +589,6 @@ impl<S: State> Service<S> {
         Ok(())
     }
 
-    fn answer_caught_up(&mut self) -> Result<(), SdkError> {
-        let Some((round, wanted)) = self.caught_up else { return Ok(()) };
-        let commit = match self.role {
-            Role::Owner => {
-                if !self.resend.is_empty() {
-                    return Ok(());
-                }
-                self.send_changes()?;
-                self.commit()?
-            }
-            Role::Follower => {
-                let reached = wanted.is_none_or(|wanted| self.state.position() >= Some(wanted.position));
-                if self.state_broken || !reached {
-                    return Ok(());
-                }
-                self.state.commit()
-            }
-        };
-        self.caught_up = None;
-        self.tell(ToSupervisor::CaughtUp { round, commit, connections: self.connections.len() as u64 }, Vec::new())
-    }
-
     fn fail(&mut self, what: String) {
         self.outbox.push(ToSupervisor::Failed { what }, Vec::new());
     }
@@ -638,6 +623,7 @@ impl<S: State> Service<S> {
         link.lost = true;
         self.outbox = Outbox::default();
         self.follow = false;
+        self.state_followed(Followed::ByNobody);
         self.events.push_back(Event::ControlLost);
         if self.role == Role::Follower {
             // It can never become owner.

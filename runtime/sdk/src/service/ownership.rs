@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use warmswap_transfer::message::{Commit, ToSupervisor};
 use warmswap_transfer::ownership::CLAIM_AFTER;
-use warmswap_transfer::state::State;
+use warmswap_transfer::state::{Followed, State};
 
 use super::{Event, Link, Role, Service, describe};
 
@@ -39,6 +39,7 @@ impl<S: State> Service<S> {
         self.pieces.clear();
         self.settle_connections(connections_open);
         self.follow = follow;
+        self.state_followed(if follow { Followed::ByPredecessor } else { Followed::ByNobody });
         self.begin_to_serve(handover);
     }
 
@@ -65,6 +66,7 @@ impl<S: State> Service<S> {
         match self.role {
             Role::Owner if dead => {
                 self.follow = false;
+                self.state_followed(Followed::ByNobody);
                 self.resend.clear();
                 self.opened.clear();
                 self.closed.clear();
