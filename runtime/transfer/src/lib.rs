@@ -1,4 +1,4 @@
-//! What moves between the generations of a service: state in shared memory ([`log`], [`map`]), descriptors and
+//! What moves between the generations of a service: state in shared memory ([`log`], [`store`]), descriptors and
 //! messages over a socket ([`channel`], [`message`]), and the one word that says who owns the service ([`control`]).
 //!
 //! Not here: who may own and when (`handover`), and what a service's event loop does about it (`sdk`).
@@ -12,8 +12,6 @@ pub mod control;
 #[cfg(not(loom))]
 pub mod log;
 #[cfg(not(loom))]
-pub mod map;
-#[cfg(not(loom))]
 pub mod message;
 #[cfg(not(loom))]
 mod pool;
@@ -24,6 +22,8 @@ pub mod record;
 pub mod segment;
 #[cfg(not(loom))]
 pub mod state;
+#[cfg(not(loom))]
+pub mod store;
 #[cfg(not(loom))]
 mod sys;
 
