@@ -135,16 +135,27 @@ impl Index {
         self.census.bytes.remove(&segment);
     }
 
-    pub(super) fn find(&self, segments: &Segments, place: usize, key: &[u8]) -> Option<Living> {
-        let hash = self.hasher.hash_one(key);
-        self.collections[place].records.find(hash, |living| is_of(segments, *living, key)).copied()
+    /// The living record of a key, looked at once.
+    pub(super) fn find<'s>(
+        &self,
+        segments: &'s Segments,
+        place: usize,
+        key: &[u8],
+    ) -> Option<(Living, RecordView<'s>)> {
+        let mut found = None;
+        let is_of = |living: &Living| {
+            found = segments.record(living.position()).filter(|view| view.key == key);
+            found.is_some()
+        };
+        let living = *self.collections[place].records.find(self.hasher.hash_one(key), is_of)?;
+        found.map(|view| (living, view))
     }
 
     /// Whether this record, at this place, is the living one of its key.
     pub(super) fn is_living(&self, segments: &Segments, view: &RecordView<'_>, at: LogPosition) -> bool {
         let place = self.places.get(&view.tag.collection);
         let found = place.and_then(|place| self.find(segments, *place, view.key));
-        view.kind == RecordKind::Put && found.is_some_and(|living| living.position() == at)
+        view.kind == RecordKind::Put && found.is_some_and(|(living, _)| living.position() == at)
     }
 
     /// The living records of a collection, in no order.

@@ -75,8 +75,7 @@ impl Ledger {
 
     /// The living record of a key.
     pub(super) fn get(&self, place: usize, key: &[u8]) -> Option<RecordView<'_>> {
-        let segments = self.segments();
-        segments.record(self.index.find(segments, place, key)?.position())
+        self.index.find(self.segments(), place, key).map(|(_, view)| view)
     }
 
     pub(super) fn iter(&self, place: usize) -> impl Iterator<Item = RecordView<'_>> {
