@@ -15,8 +15,6 @@ pub mod heap;
 #[cfg(not(loom))]
 pub mod log;
 #[cfg(not(loom))]
-pub mod map;
-#[cfg(not(loom))]
 pub mod message;
 pub mod ownership;
 #[cfg(not(loom))]
@@ -34,6 +32,8 @@ pub mod segment;
 pub mod snapshot;
 #[cfg(not(loom))]
 pub mod state;
+#[cfg(not(loom))]
+pub mod store;
 #[cfg(not(loom))]
 mod sys;
 

@@ -25,7 +25,7 @@ use rkyv::util::AlignedVec;
 use crate::heap::{HeapError, Piece, drop_elsewhere};
 use crate::log::{LogConfig, LogError, LogReader, LogWriter, RecordAt};
 use crate::message::{Commit, LogPosition, StateKind};
-use crate::record::RecordKind;
+use crate::record::{RecordKind, Shape, Tag};
 use crate::segment::{HEADER_LEN, Header, Segment};
 use crate::state::{Followed, Preparing, SegmentNotice, State};
 
@@ -33,6 +33,8 @@ use crate::state::{Followed, Preparing, SegmentNotice, State};
 const SLICE: Duration = Duration::from_micros(200);
 /// Segments ready ahead while somebody follows: the base leaves the last one to the changes, which cannot wait.
 const SPARES_MIN: usize = 2;
+/// The stream is no store: its records belong to no collection that has a name.
+const PIECES: Tag = Tag { collection: 0, shape: Shape::Log };
 /// Keys of the stream's records.
 const PIECE: &[u8] = b"p";
 const BASE_OUT: &[u8] = b"e";
@@ -191,7 +193,7 @@ impl<P: Precopy> Precopied<P> {
 
 impl<C> Stream<C> {
     fn append(&mut self, key: &[u8], value: &[u8], notices: &mut VecDeque<SegmentNotice>) -> Result<(), LogError> {
-        let at = self.writer.append(RecordKind::Put, key, value)?;
+        let at = self.writer.append(RecordKind::Put, PIECES, key, value)?;
         self.bytes += at.len as u64;
         notices.extend(self.writer.take_new().into_iter().map(SegmentNotice::New));
         Ok(())

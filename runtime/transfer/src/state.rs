@@ -1,6 +1,6 @@
 //! What the SDK needs to know of a service's state to carry it through a handover.
 //!
-//! Implemented by [`crate::map::ResidentMap`] for state that lives in the shared log; for state that lives in a
+//! Implemented by [`crate::store::Store`] for state that lives in the shared log; for state that lives in a
 //! program's own structures by [`crate::precopy::Precopied`] and [`crate::snapshot::Snapshotted`]; and, for services that
 //! keep none, by [`NoState`]. Not for the service's own use of its state.
 

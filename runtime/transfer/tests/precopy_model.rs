@@ -361,10 +361,10 @@ fn a_stream_for_somebody_else_is_not_taken_for_ours() {
 #[test]
 fn a_record_that_is_no_piece_is_refused() {
     use warmswap_transfer::log::LogReader;
-    use warmswap_transfer::record::RecordKind;
+    use warmswap_transfer::record::{RecordKind, Shape, Tag};
     for (key, value) in [(&b"p"[..], &b"\xff\xff"[..]), (b"x", b"")] {
         let Ok(mut writer) = LogReader::new(config()).unwrap().into_writer(None) else { panic!() };
-        writer.append(RecordKind::Put, key, value).unwrap();
+        writer.append(RecordKind::Put, Tag { collection: 0, shape: Shape::Log }, key, value).unwrap();
         writer.commit();
         let fd = writer.segments().get(0).unwrap().as_fd().try_clone_to_owned().unwrap();
         let mut follower = table();

@@ -8,11 +8,13 @@ use warmswap_load::monotonic_ns;
 use warmswap_transfer::channel::{ServiceChannel, SupervisorChannel};
 use warmswap_transfer::log::{LogConfig, LogReader, LogWriter};
 use warmswap_transfer::message::ToService;
-use warmswap_transfer::record::RecordKind;
+use warmswap_transfer::record::{RecordKind, Shape, Tag};
 use warmswap_transfer::segment::SEGMENT_LEN_MIN;
 
 use crate::transfer::line::{Received, TIMEOUT};
 use crate::transfer::records::{Record, digest, touch};
+
+const TAG: Tag = Tag { collection: 1, shape: Shape::Map };
 
 const SCHEMA: u32 = 1;
 
@@ -24,7 +26,7 @@ impl Source {
         let reader = LogReader::new(LogConfig::new(SCHEMA))?;
         let mut writer = reader.into_writer(None).map_err(|failed| failed.1)?;
         for record in records {
-            writer.append(RecordKind::Put, &record.key.0, &record.value.0)?;
+            writer.append(RecordKind::Put, TAG, &record.key.0, &record.value.0)?;
         }
         writer.commit();
         Ok(Self(writer))
