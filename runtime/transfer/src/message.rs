@@ -198,6 +198,8 @@ pub trait Message: Sized + fmt::Debug {
     fn decode(bytes: &[u8]) -> Result<Self, MessageError>;
     /// How many descriptors must come with this message.
     fn descriptors(&self) -> usize;
+    /// Whether its descriptors are connections.
+    fn carries_connections(&self) -> bool;
 }
 
 fn attached(records: &[ConnectionRecord]) -> usize {
@@ -221,6 +223,10 @@ impl Message for ToService {
             _ => 0,
         }
     }
+
+    fn carries_connections(&self) -> bool {
+        matches!(self, Self::Connections { .. })
+    }
 }
 
 impl Message for ToSupervisor {
@@ -238,6 +244,10 @@ impl Message for ToSupervisor {
             Self::Connections { records } => attached(records),
             _ => 0,
         }
+    }
+
+    fn carries_connections(&self) -> bool {
+        matches!(self, Self::Connections { .. })
     }
 }
 
