@@ -278,7 +278,7 @@ impl<S: State> Service<S> {
     pub fn wake_within(&self) -> Option<Duration> {
         let link = self.link.as_ref().filter(|link| !link.lost)?;
         let _ = link;
-        if !self.events.is_empty() || !self.resend.is_empty() {
+        if !self.events.is_empty() || (!self.resend.is_empty() && self.outbox.is_empty()) {
             Some(Duration::ZERO)
         } else if !self.outbox.is_empty() {
             Some(RETRY_INTERVAL)
@@ -381,10 +381,7 @@ impl<S: State> Service<S> {
         let Some((handover, deadline)) = self.quiescing.take() else { return Ok(()) };
         self.mark(MARK_STOPPED, handover);
         let commit = self.commit()?;
-        while !self.resend.is_empty() {
-            self.send_some_connections()?;
-        }
-        self.send_changes()?;
+        self.send_all_connections(deadline)?;
         let kept: HashMap<u64, Vec<u8>> =
             carry.into_iter().filter(|(cookie, _)| self.connections.contains_key(cookie)).collect();
         let outdated: Vec<u64> = self.stale_carry.drain().filter(|cookie| !kept.contains_key(cookie)).collect();
@@ -406,10 +403,8 @@ impl<S: State> Service<S> {
         self.yielded = Some(Yielded { handover, carry: kept, word });
         let connections_open = self.connections.len() as u64;
         self.outbox.push(ToSupervisor::Yielded { handover, commit, connections_open }, Vec::new());
-        let Some(link) = self.link.as_ref() else { return Ok(()) };
         // Nobody is served now, so this may wait for a supervisor that reads slowly, within the budget.
-        let sent = self.outbox.flush_until(&link.channel, deadline);
-        self.survive(sent.map(drop))
+        self.flush_until(deadline).map(drop)
     }
 
     /// The next thing to do. Never blocks; `None` when there is nothing (left) to do.
@@ -431,6 +426,8 @@ impl<S: State> Service<S> {
                     }
                 }
                 Err(ChannelError::Closed) => self.lose(),
+                // The supervisor calls the handover off; what was said before and after is whole.
+                Err(error @ ChannelError::DescriptorsLost { connections: true, .. }) => self.fail(describe(&error)),
                 Err(error) => {
                     self.lose();
                     return Err(error.into());
@@ -445,7 +442,10 @@ impl<S: State> Service<S> {
             self.follow_log();
         }
         self.outlive_supervisor();
-        self.send_some_connections()?;
+        // Each waits with a duplicate: what the supervisor does not read shall not use up this process's descriptors.
+        if self.outbox.is_empty() {
+            self.send_some_connections()?;
+        }
         self.send_changes()?;
         self.answer_caught_up()?;
         self.flush()
@@ -578,6 +578,9 @@ impl<S: State> Service<S> {
             self.events.retain(|event| !matches!(event, Event::Quiesce { .. }));
             let answer = ToSupervisor::Owned { handover, connections: self.connections.len() as u64 };
             self.outbox.push(answer, Vec::new());
+            return;
+        }
+        if self.lacks_connections(connections_open) {
             return;
         }
         if let Err(error) = self.state.become_owner(commit) {
