@@ -13,6 +13,7 @@ mod ground;
 pub mod hesitant;
 mod inventory;
 mod requirements;
+pub mod sequence;
 mod store;
 mod wait;
 

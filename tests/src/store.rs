@@ -113,6 +113,12 @@ impl Store {
         self.address
     }
 
+    /// # Errors
+    /// When no agent runs.
+    pub fn agent_pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().context("no agent runs")?.pid())
+    }
+
     /// What the agents on this ground logged.
     #[must_use]
     pub fn log(&self) -> String {
