@@ -15,6 +15,7 @@ mod ground;
 pub mod hesitant;
 mod inventory;
 mod requirements;
+pub mod sequence;
 mod store;
 mod wait;
 

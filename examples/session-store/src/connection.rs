@@ -21,6 +21,8 @@ pub(crate) struct Connection {
     sent: usize,
     /// Nothing more is read: close when `output` is sent.
     pub(crate) closing: bool,
+    /// The client will send nothing more, and is answered what it has sent.
+    pub(crate) ended: bool,
     /// Requests wait in `input` because too much output does: execute them when it is sent.
     pub(crate) throttled: bool,
     /// What epoll watches for: reading, writing.
@@ -43,6 +45,7 @@ impl Connection {
             output: Vec::new(),
             sent: 0,
             closing: false,
+            ended: false,
             throttled: false,
             interest: (true, false),
         }
@@ -54,11 +57,11 @@ impl Connection {
 
     /// Whether anything would be lost if the connection were continued from its socket alone.
     pub(crate) fn is_settled(&self) -> bool {
-        self.input.is_empty() && self.unsent() == 0 && !self.closing
+        self.input.is_empty() && self.unsent() == 0 && !self.closing && !self.ended
     }
 
     pub(crate) fn wants_input(&self) -> bool {
-        !self.closing && self.unsent() < OUTPUT_LEN_MAX && self.input.len() < REQUEST_LEN_MAX + READ_LEN
+        !self.closing && !self.ended && self.unsent() < OUTPUT_LEN_MAX && self.input.len() < REQUEST_LEN_MAX + READ_LEN
     }
 
     /// Reads what is there, up to [`READ_LEN`].
@@ -114,7 +117,7 @@ impl Connection {
     /// Moves everything that is not in the socket out, for the process that continues: flags, length of the input,
     /// input, output.
     pub(crate) fn take_carry(&mut self) -> Vec<u8> {
-        let mut carry = vec![u8::from(self.closing)];
+        let mut carry = vec![u8::from(self.closing) | u8::from(self.ended) << 1];
         carry.extend_from_slice(&(self.input.len() as u32).to_le_bytes());
         carry.extend_from_slice(&self.input);
         carry.extend_from_slice(&self.output[self.sent..]);
@@ -126,13 +129,13 @@ impl Connection {
     /// [`Self::take_carry`].
     pub(crate) fn put_carry(&mut self, carry: &[u8]) -> bool {
         self.sent = 0;
-        self.closing = false;
+        (self.closing, self.ended) = (false, false);
         self.input.clear();
         self.output.clear();
         let Some((header, rest)) = carry.split_first_chunk::<5>() else { return carry.is_empty() };
         let len = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
         let Some((input, output)) = rest.split_at_checked(len) else { return false };
-        self.closing = header[0] != 0;
+        (self.closing, self.ended) = (header[0] & 1 != 0, header[0] & 2 != 0);
         self.input.extend_from_slice(input);
         self.output.extend_from_slice(output);
         true
@@ -154,10 +157,12 @@ mod tests {
         old.input = b"*1\r\n$4\r\nPI".to_vec();
         old.output = b"+PONG\r\n+PONG\r\n".to_vec();
         old.sent = 7;
+        old.ended = true;
         let carry = old.take_carry();
         assert!(old.is_settled());
         assert!(heir.put_carry(&carry));
         assert_eq!((&heir.input[..], &heir.output[..]), (&b"*1\r\n$4\r\nPI"[..], &b"+PONG\r\n"[..]));
+        assert!(heir.ended && !heir.closing);
         assert!(!heir.put_carry(&[0, 255, 255, 0, 0, 1]), "a length beyond the end");
         assert!(heir.put_carry(&[]) && heir.is_settled());
     }

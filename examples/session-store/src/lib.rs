@@ -47,8 +47,8 @@ impl Edition {
     pub const V3: Self = Self { version: "3.0.0", second: true, delay: Duration::from_micros(400) };
 }
 
-/// Runs until the process is told to end: as part of a warmswap service, with the listeners of `LISTEN_FDS`, or alone on the
-/// address that is the first argument.
+/// Runs until the process is told to end: as part of a warmswap service, with the listeners of `LISTEN_FDS` (TCP or unix
+/// stream sockets, any number), or alone on the address that is the first argument.
 ///
 /// # Errors
 /// When the environment, the address or the memory cannot be used.

@@ -31,6 +31,8 @@ const TOKEN_LISTENER: u64 = u64::MAX - 2;
 const CONNECTIONS_MAX: usize = 60_000;
 /// Connections accepted per turn and listener.
 const ACCEPT_PER_TURN: usize = 64;
+/// How long nobody is accepted after there was no descriptor left for a client.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// A turn longer than this leaves the rest to the next one, so that a handover never waits for all clients.
 const TURN_MAX: Duration = Duration::from_millis(1);
 /// How often expired keys are looked for, and how many bytes of the log are walked each time.
@@ -48,6 +50,8 @@ pub(crate) struct Server {
     connections: HashMap<u64, Connection>,
     /// Connections with input or output that is not in the socket: what a handover has to carry.
     unsettled: HashSet<u64>,
+    /// When listeners are looked at again, because there was no descriptor left for a client.
+    accept_at: Option<Instant>,
     /// Connections with replies of this turn.
     replies: Vec<u64>,
     scratch: Vec<u8>,
@@ -68,6 +72,11 @@ impl Server {
     ) -> anyhow::Result<Self> {
         let (serving, waiting) = (Epoll::new()?, Epoll::new()?);
         for (at, listener) in service.listeners().iter().enumerate() {
+            let (name, kind) = (&listener.name, listener.kind);
+            anyhow::ensure!(
+                kind.accepts(),
+                "listener {name:?} ({kind:?}) takes no connections: make it a stream socket"
+            );
             serving.add(listener.as_fd(), TOKEN_LISTENER - at as u64)?;
         }
         if let Some(control) = service.control_fd() {
@@ -85,6 +94,7 @@ impl Server {
             _signal: signal,
             connections: HashMap::new(),
             unsettled: HashSet::new(),
+            accept_at: None,
             replies: Vec::new(),
             scratch: Vec::new(),
             began: Instant::now(),
@@ -121,7 +131,8 @@ impl Server {
 
     fn timeout(&self) -> Option<Duration> {
         let mine = if self.service.is_owner() {
-            Some(self.expiry_at.saturating_duration_since(Instant::now()))
+            let next = self.accept_at.map_or(self.expiry_at, |at| at.min(self.expiry_at));
+            Some(next.saturating_duration_since(Instant::now()))
         } else {
             self.leave_by.map(|by| by.saturating_duration_since(Instant::now()))
         };
@@ -209,6 +220,10 @@ impl Server {
     /// One turn of the owner.
     fn turn(&mut self, ready: &[Ready]) -> anyhow::Result<()> {
         let turn_ends = Instant::now() + TURN_MAX;
+        if self.accept_at.is_some_and(|at| Instant::now() >= at) {
+            self.accept_at = None;
+            self.watch_listeners(true)?;
+        }
         for (served, ready) in ready.iter().enumerate() {
             // What is not reached is still ready at the next turn; the supervisor gets a word in between.
             if served > 0 && Instant::now() >= turn_ends {
@@ -241,8 +256,16 @@ impl Server {
 
     fn accept(&mut self, listener: usize) -> anyhow::Result<()> {
         for _ in 0..ACCEPT_PER_TURN {
-            let Some(fd) = self.service.listeners().get(listener).and_then(|listener| accept(listener.as_fd())) else {
-                return Ok(());
+            let Some(from) = self.service.listeners().get(listener) else { return Ok(()) };
+            let fd = match accept(from.as_fd()) {
+                Ok(fd) => fd,
+                // Whoever waits goes on waiting; looking at them all the time would only keep the others from being served.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                    self.accept_at = Some(Instant::now() + ACCEPT_PAUSE);
+                    return self.watch_listeners(false);
+                }
+                // Nobody waits, or the one that did has gone.
+                Err(_) => return Ok(()),
             };
             let cookie = self.service.connection_opened(fd.as_fd(), listener)?;
             self.serving.add(fd.as_fd(), cookie)?;
@@ -257,17 +280,21 @@ impl Server {
         Ok(())
     }
 
+    fn watch_listeners(&self, watch: bool) -> anyhow::Result<()> {
+        for (at, listener) in self.service.listeners().iter().enumerate() {
+            self.serving.change(listener.as_fd(), TOKEN_LISTENER - at as u64, watch, false)?;
+        }
+        Ok(())
+    }
+
     fn read(&mut self, cookie: u64) {
         let Some(connection) = self.connections.get_mut(&cookie) else { return };
         if !connection.wants_input() {
             return;
         }
         if connection.read(&mut self.scratch) == Outcome::Gone {
-            connection.closing = true;
             // A client that closed its side only still gets what it asked for.
-            connection.input.clear();
-            self.replies.push(cookie);
-            return;
+            connection.ended = true;
         }
         self.execute(cookie);
     }
@@ -303,6 +330,7 @@ impl Server {
         }
         connection.throttled = connection.unsent() >= OUTPUT_LEN_MAX;
         connection.consume(at);
+        connection.closing |= connection.ended && !connection.throttled;
         if connection.closing {
             connection.input.clear();
         }
@@ -394,13 +422,12 @@ impl Server {
 }
 
 /// The next waiting connection, non-blocking and without Nagle's delay.
-fn accept(listener: BorrowedFd<'_>) -> Option<OwnedFd> {
+fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: no address is asked for.
     let fd = unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
-    // An error belongs to the one connection (it ended while it waited), or passes (no descriptors left).
     if fd < 0 {
-        return None;
+        return Err(io::Error::last_os_error());
     }
     // SAFETY: just accepted, owned by nobody else.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -415,7 +442,7 @@ fn accept(listener: BorrowedFd<'_>) -> Option<OwnedFd> {
             size_of::<libc::c_int>() as libc::socklen_t,
         );
     }
-    Some(fd)
+    Ok(fd)
 }
 
 /// SIGTERM and SIGINT as a descriptor: process 1 of a container would not see them otherwise. Call before any thread

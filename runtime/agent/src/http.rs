@@ -153,7 +153,7 @@ fn service_status(shared: &Shared, handle: &ServiceHandle) -> ServiceStatus {
         image: snapshot.image.0.display().to_string(),
         previous_image: snapshot.previous_image.map(|image| image.0.display().to_string()),
         generations: snapshot.members,
-        listeners: file.listen.iter().map(|(name, listen)| (name.clone(), listen.address.to_string())).collect(),
+        listeners: file.listen.iter().map(|(name, listen)| (name.clone(), listen.describe())).collect(),
         activity: (activity != warmswap_policy::Activity::Serving).then(|| format!("{activity:?}").to_lowercase()),
         trouble: snapshot.trouble,
         usage: last.as_ref().map(|window| window.usage).unwrap_or_default(),

@@ -39,7 +39,8 @@ pub struct ServiceGround {
     /// v2 cgroup of the service, parent of its generations'. The listeners, and so the connections accepted from
     /// them, are accounted to it.
     pub cgroup: CgroupId,
-    /// In the order of their names. Non-blocking, because several generations wait for the same queue.
+    /// In the order of their names. Sockets that accept connections, or take datagrams. Non-blocking, because several
+    /// generations wait for the same queue.
     pub listeners: Vec<NamedFd>,
 }
 
@@ -144,7 +145,8 @@ pub trait Backend: Send + Sync {
     fn prepare_image(&self, image: &ImageRef) -> Result<PreparedImage>;
 
     /// Makes (or finds) the network namespace and cgroups of a service and opens its listeners from inside them.
-    /// Listeners that a container of the service was created with are found again, also by a new supervisor.
+    /// Listeners that a container of the service was created with are found again, also by a new supervisor. The file
+    /// of a unix socket replaces one that we made and nobody holds, and no other.
     fn open_service(&self, service: &ServiceName, listen: &BTreeMap<String, Listen>) -> Result<ServiceGround>;
 
     /// Removes what [`Self::open_service`] made. All containers of the service must be destroyed before.

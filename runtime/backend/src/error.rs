@@ -19,7 +19,7 @@ pub enum BackendError {
     #[error("cannot listen on {address} for {name}")]
     Listen {
         name: String,
-        address: std::net::SocketAddr,
+        address: warmswap_model::ListenAddress,
         #[source]
         source: std::io::Error,
     },

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -112,6 +111,10 @@ impl FakeBackend {
         self.lock().containers.get(id).map(|c| c.limits.clone())
     }
 
+    fn sockets(&self, service: &ServiceName) -> PathBuf {
+        self.folder.join("sockets").join(format!("{service}.json"))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -213,11 +216,13 @@ impl Backend for FakeBackend {
         let (cgroup, known) = inner.services.entry(service.clone()).or_insert((CgroupId(0), Vec::new()));
         let mut listeners = Vec::new();
         for (name, wanted) in listen {
-            let failed = |source| BackendError::Listen { name: name.clone(), address: wanted.address, source };
+            let failed = |source| {
+                let (name, address) = (name.clone(), wanted.address.clone());
+                BackendError::Listen { name, address, source }
+            };
             if !known.iter().any(|named| named.name == *name) {
-                let listener = TcpListener::bind(wanted.address).map_err(failed)?;
-                listener.set_nonblocking(true).map_err(failed)?;
-                known.push(NamedFd { name: name.clone(), fd: listener.into() });
+                let fd = crate::embedded::open_listener(wanted, &self.sockets(service)).map_err(failed)?;
+                known.push(NamedFd { name: name.clone(), fd });
             }
             if let Some(named) = known.iter().find(|named| named.name == *name) {
                 listeners.push(NamedFd { name: name.clone(), fd: named.fd.try_clone().map_err(failed)? });
@@ -233,7 +238,7 @@ impl Backend for FakeBackend {
             return Err(BackendError::Service { action: "close", service: service.clone(), problem });
         }
         inner.services.remove(service);
-        Ok(())
+        crate::embedded::remove_sockets(&self.sockets(service))
     }
 
     fn create(&self, spec: &ContainerSpec, fds: Vec<NamedFd>, keep: Vec<NamedFd>) -> Result<CgroupId> {

@@ -14,6 +14,7 @@
 //!   layers/<digest>/                   unpacked image layers, read-only, shared
 //!   containers/<service>/g<N>/         overlay upper and work folders
 //!   logs/<service>/g<N>.log            standard output and error of the container
+//!   sockets/<service>.json             unix sockets that were made where the service file says
 //! <cgroup>/warmswap/<service>/g<N>     the container
 //! <cgroup>/warmswap/.shims/<service>.g<N>   its shim, so that neither a freeze nor the end of the agent hits it
 //! ```
@@ -75,6 +76,14 @@ impl Layout {
 
     pub(crate) fn log(&self, id: &ContainerId) -> PathBuf {
         self.logs(&id.service).join(format!("{}.log", id.generation))
+    }
+
+    pub(crate) fn sockets_folder(&self) -> PathBuf {
+        self.state_dir.join("sockets")
+    }
+
+    pub(crate) fn sockets(&self, service: &ServiceName) -> PathBuf {
+        self.sockets_folder().join(format!("{service}.json"))
     }
 
     pub(crate) fn netns_folder(&self) -> PathBuf {

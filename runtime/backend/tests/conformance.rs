@@ -7,8 +7,10 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use support::{Host, LONG, id, log_with, prepare, script, service};
 use warmswap_backend::{
     Backend, BackendError, ContainerId, ContainerState, FakeBackend, Limits, NamedFd, PreparedImage,
 };
-use warmswap_model::{ImageRef, Listen, Network};
+use warmswap_model::{ImageRef, Listen, Transport};
 
 const KILLED: ContainerState = ContainerState::Exited { code: None, signal: Some(libc::SIGKILL) };
 
@@ -53,9 +55,11 @@ fn the_fake_back_end_conforms() {
 type Rule = fn(&Place<'_>);
 
 fn conformance(place: &Place<'_>) {
-    let rules: [(&str, Rule); 15] = [
+    let rules: [(&str, Rule); 17] = [
         ("the_host_has_something_to_give", the_host_has_something_to_give),
         ("listeners_are_opened_once_and_found_again", listeners_are_opened_once_and_found_again),
+        ("sockets_of_every_kind_are_listeners", sockets_of_every_kind_are_listeners),
+        ("a_socket_file_is_ours_or_is_left_alone", a_socket_file_is_ours_or_is_left_alone),
         ("nothing_runs_before_start", nothing_runs_before_start),
         ("descriptors_arrive_in_order_and_no_others", descriptors_arrive_in_order_and_no_others),
         (
@@ -139,10 +143,103 @@ fn the_host_has_something_to_give(place: &Place<'_>) {
     assert!(capacity.memory_mb_available > 0.0 && capacity.memory_mb_available <= capacity.memory_mb_total);
 }
 
+fn any_port() -> SocketAddr {
+    ([127, 0, 0, 1], 0).into()
+}
+
+fn sockets_of_every_kind_are_listeners(place: &Place<'_>) {
+    let folder = tempfile::tempdir().unwrap();
+    let (stream_path, datagram_path) = (folder.path().join("stream"), folder.path().join("datagram"));
+    let datagrams = |listen: Listen| Listen { transport: Transport::Datagram, ..listen };
+    let listen = BTreeMap::from([
+        ("a-tcp".to_owned(), Listen::at(any_port())),
+        ("b-udp".to_owned(), datagrams(Listen::at(any_port()))),
+        (
+            "c-stream".to_owned(),
+            Listen { mode: Some("0640".into()), owner: Some("1000:1001".into()), ..Listen::at(stream_path.as_path()) },
+        ),
+        ("d-datagram".to_owned(), datagrams(Listen::at(datagram_path.as_path()))),
+    ]);
+    let name = service("kinds");
+    let ground = place.backend.open_service(&name, &listen).unwrap();
+    let cookies: Vec<_> = ground.listeners.iter().map(|l| cookie(&l.fd)).collect();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&stream_path), mode(&datagram_path)), (0o640, 0o666));
+    let owner = std::fs::metadata(&stream_path).unwrap();
+    assert_eq!((owner.uid(), owner.gid()), (1000, 1001));
+    let duplicate = |at: usize| ground.listeners[at].fd.try_clone().unwrap();
+    let udp = UdpSocket::from(duplicate(1));
+    let (stream, datagram) = (UnixListener::from(duplicate(2)), UnixDatagram::from(duplicate(3)));
+    let blocks = std::io::ErrorKind::WouldBlock;
+    assert_eq!(udp.recv(&mut [0]).unwrap_err().kind(), blocks);
+    assert_eq!(stream.accept().unwrap_err().kind(), blocks);
+    assert_eq!(datagram.recv(&mut [0]).unwrap_err().kind(), blocks);
+
+    let one = id("kinds", 1);
+    place.backend.create(&script(&place.image, &one, "sleep 100"), ground.listeners, vec![]).unwrap();
+    let udp_address = udp.local_addr().unwrap();
+    drop((udp, stream, datagram));
+    // Only the container and its keeper hold them: what comes now waits for whoever is next.
+    UdpSocket::bind(any_port()).unwrap().send_to(b"u", udp_address).unwrap();
+    let mut waiting = UnixStream::connect(&stream_path).unwrap();
+    waiting.write_all(b"s").unwrap();
+    UnixDatagram::unbound().unwrap().send_to(b"d", &datagram_path).unwrap();
+    let again = (place.again)().open_service(&name, &listen).unwrap();
+    assert_eq!(again.listeners.iter().map(|l| cookie(&l.fd)).collect::<Vec<_>>(), cookies);
+    let mut found = again.listeners.into_iter().skip(1).map(|listener| listener.fd);
+    let (udp, stream, datagram) = (
+        UdpSocket::from(found.next().unwrap()),
+        UnixListener::from(found.next().unwrap()),
+        UnixDatagram::from(found.next().unwrap()),
+    );
+    let mut byte = [0];
+    assert_eq!((udp.recv(&mut byte).unwrap(), byte), (1, *b"u"));
+    assert_eq!((datagram.recv(&mut byte).unwrap(), byte), (1, *b"d"));
+    stream.accept().unwrap().0.read_exact(&mut byte).unwrap();
+    assert_eq!(byte, *b"s");
+
+    for at in [Listen::at(stream_path.as_path()), datagrams(Listen::at(udp_address))] {
+        let taken = BTreeMap::from([("x".to_owned(), at)]);
+        let error = place.backend.open_service(&service("other"), &taken).unwrap_err();
+        assert!(matches!(&error, BackendError::Listen { name, .. } if name == "x"), "{error}");
+    }
+    close(place, "other");
+    destroy(place, &one);
+    drop((udp, stream, datagram));
+    close(place, "kinds");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "a socket file is left");
+}
+
+fn a_socket_file_is_ours_or_is_left_alone(place: &Place<'_>) {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, free) = (folder.path().join("a"), folder.path().join("b"));
+    let listen =
+        BTreeMap::from([("a".to_owned(), Listen::at(free.as_path())), ("b".to_owned(), Listen::at(path.as_path()))]);
+    drop(UnixListener::bind(&path).unwrap());
+    let error = place.backend.open_service(&service("files"), &listen).unwrap_err();
+    assert!(std::error::Error::source(&error).unwrap().to_string().contains("did not make"), "{error:?}");
+    assert!(path.exists());
+    std::fs::remove_file(&path).unwrap();
+    // Nobody keeps what is opened here: it is as after a crash of everything.
+    let ground =
+        place.backend.open_service(&service("files"), &BTreeMap::from([("b".to_owned(), listen["b"].clone())]));
+    drop(ground.unwrap());
+    close(place, "files");
+    assert!(!path.exists());
+    place.backend.open_service(&service("files"), &listen).unwrap();
+    if place.backend.name() == "fake" {
+        close(place, "files"); // it keeps its listeners itself, and nobody else could
+    }
+    place.backend.open_service(&service("files"), &listen).unwrap();
+    close(place, "files");
+    close(place, "files");
+    assert!(!path.exists());
+}
+
 fn listeners_are_opened_once_and_found_again(place: &Place<'_>) {
     let listen = BTreeMap::from([
-        ("b".to_owned(), Listen { address: "127.0.0.1:0".parse().unwrap(), network: Network::Host, backlog: 16 }),
-        ("a".to_owned(), Listen { address: "127.0.0.1:0".parse().unwrap(), network: Network::Host, backlog: 16 }),
+        ("b".to_owned(), Listen { backlog: 16, ..Listen::at(any_port()) }),
+        ("a".to_owned(), Listen { backlog: 16, ..Listen::at(any_port()) }),
     ]);
     let name = service("listeners");
     let ground = place.backend.open_service(&name, &listen).unwrap();
@@ -162,7 +259,7 @@ fn listeners_are_opened_once_and_found_again(place: &Place<'_>) {
     assert_eq!(again.listeners.iter().map(|l| cookie(&l.fd)).collect::<Vec<_>>(), cookies);
     TcpStream::connect(address).unwrap();
 
-    let taken = BTreeMap::from([("x".to_owned(), Listen { address, network: Network::Host, backlog: 16 })]);
+    let taken = BTreeMap::from([("x".to_owned(), Listen::at(address))]);
     let error = place.backend.open_service(&service("other"), &taken).unwrap_err();
     assert!(matches!(&error, BackendError::Listen { name, .. } if name == "x"), "{error}");
     close(place, "other");

@@ -7,7 +7,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -182,7 +182,7 @@ fn generations_share_a_network_namespace_and_listeners_live_where_they_should() 
     needs_containers!("generations_share_a_network_namespace_and_listeners_live_where_they_should");
     let host = Host::new();
     let backend = host.backend();
-    let any = |port: u16, network| Listen { address: ([127, 0, 0, 1], port).into(), network, backlog: 16 };
+    let any = |port: u16, network| Listen { network, ..Listen::at(SocketAddr::from(([127, 0, 0, 1], port))) };
     let listen = BTreeMap::from([
         ("inside".to_owned(), any(7000, Network::Service)),
         ("outside".to_owned(), any(0, Network::Host)),
@@ -323,10 +323,7 @@ fn agent_to_be_killed() {
     };
     let backend = EmbeddedBackend::new(config).unwrap();
     let image = prepare(&backend, &folder.join("image"));
-    let listen = BTreeMap::from([(
-        "l".to_owned(),
-        Listen { address: "127.0.0.1:0".parse().unwrap(), network: Network::Host, backlog: 16 },
-    )]);
+    let listen = BTreeMap::from([("l".to_owned(), Listen::at(SocketAddr::from(([127, 0, 0, 1], 0))))]);
     let ground = backend.open_service(&service("kept"), &listen).unwrap();
     let address = TcpListener::from(ground.listeners[0].fd.try_clone().unwrap()).local_addr().unwrap();
     let one = id("kept", 1);
@@ -353,7 +350,7 @@ fn an_agent_that_is_killed_takes_nothing_with_it() {
         .unwrap();
     let mut lines = BufReader::new(agent.stdout.take().unwrap()).lines();
     let address = lines
-        .find_map(|line| Some(line.unwrap().split_once("ADDRESS ")?.1.parse::<std::net::SocketAddr>().unwrap()))
+        .find_map(|line| Some(line.unwrap().split_once("ADDRESS ")?.1.parse::<SocketAddr>().unwrap()))
         .expect("the agent created its container");
     agent.kill().unwrap();
     agent.wait().unwrap();
@@ -373,7 +370,7 @@ fn an_agent_that_is_killed_takes_nothing_with_it() {
     fs::File::from(kept.into_iter().nth(1).unwrap().fd).read_to_string(&mut text).unwrap();
     assert_eq!(text, "from the dead");
     TcpStream::connect(address).expect("the listener is open without agent and container");
-    let listen = BTreeMap::from([("l".to_owned(), Listen { address, network: Network::Host, backlog: 16 })]);
+    let listen = BTreeMap::from([("l".to_owned(), Listen::at(address))]);
     assert_eq!(backend.open_service(&service("kept"), &listen).unwrap().listeners.len(), 1);
 
     backend.destroy(&one).unwrap();
@@ -400,12 +397,18 @@ fn purge_removes_whatever_is_there() {
     fs::write(run_dir.join("containers/two/g1/state.json"), "{").unwrap();
     fs::remove_file(run_dir.join("containers/two/g1/spec.json")).unwrap();
     fs::create_dir_all(run_dir.join("containers/three/g9")).unwrap();
+    let socket = host.folder.path().join("app.sock");
+    let listen = BTreeMap::from([("app".to_owned(), Listen::at(socket.as_path()))]);
+    drop(backend.open_service(&service("four"), &listen).unwrap());
     let left = warmswap_backend::leftovers(&run_dir);
-    for part in ["cgroup ", "process ", "mount ", "/netns/one", "/containers/three", &format!("process {shim} ")] {
+    for part in
+        ["/app.sock", "cgroup ", "process ", "mount ", "/netns/one", "/containers/three", &format!("process {shim} ")]
+    {
         assert!(left.iter().any(|line| line.contains(part)), "{part} is not in {left:#?}");
     }
     let removed = warmswap_backend::purge(&run_dir).unwrap();
     assert!(removed.iter().any(|line| line.ends_with("/netns/one")), "{removed:#?}");
+    assert!(!socket.exists());
     // Shims of this very process are its zombies until it collects them.
     drop(backend);
     assert_eq!(warmswap_backend::leftovers(&run_dir), Vec::<String>::new());

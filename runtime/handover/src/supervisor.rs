@@ -121,7 +121,12 @@ impl Supervisor {
         // Resolved once: a later file may lie in another folder.
         let image = file.image.resolved(&folder);
         let prepared = backend.prepare_image(&image)?;
-        let ground = backend.open_service(&file.name, &file.listen)?;
+        let ground = backend.open_service(&file.name, &file.listen).inspect_err(|_| {
+            // What was made before the listener that could not be opened.
+            if let Err(error) = backend.close_service(&file.name) {
+                tracing::warn!("after a failed start: {}", with_causes(&error));
+            }
+        })?;
         let record = ServiceRecord {
             file,
             folder,
@@ -453,6 +458,13 @@ impl Supervisor {
                 self.route(generation, message, fds);
                 true
             }
+            Err(error @ ChannelError::DescriptorsLost { connections: true, .. }) => {
+                // Who follows lacks them now; a later one may not. The generation serves on either way.
+                self.members.values_mut().filter(|m| m.follows()).for_each(|m| m.informed = false);
+                let what = format!("sent connections that the agent could not take: {}", with_causes(&error));
+                self.notices.push_back((generation, Notice::Failed { what }));
+                true
+            }
             Err(error) if error.is_of_one_message() && member.garbled < GARBLED_MAX => {
                 member.garbled += 1;
                 let what = format!("sent what is no message: {}", with_causes(&error));
@@ -526,7 +538,13 @@ impl Supervisor {
             }
             ToSupervisor::Owned { handover, connections } => Some(Notice::Owned { handover, connections }),
             ToSupervisor::Drained => None, // its exit follows, and that is what counts
-            ToSupervisor::Failed { what } => Some(Notice::Failed { what }),
+            ToSupervisor::Failed { what } => {
+                // A follower that could not follow lacks something of what an owner needs.
+                if let Some(member) = self.members.get_mut(&from).filter(|member| member.follows()) {
+                    member.informed = false;
+                }
+                Some(Notice::Failed { what })
+            }
         };
         if let Some(notice) = notice {
             self.notices.push_back((from, notice));

@@ -8,6 +8,7 @@ mod demand;
 mod handover;
 mod id;
 mod latency;
+mod listen;
 mod resource;
 mod service_file;
 mod window;
@@ -20,8 +21,7 @@ pub use handover::{
 };
 pub use id::{CgroupId, Generation, InvalidServiceName, ServiceName};
 pub use latency::LatencyHistogram;
+pub use listen::{InvalidListenAddress, Listen, ListenAddress, Network, Transport};
 pub use resource::{PerResource, Resource};
-pub use service_file::{
-    Handover, ImageRef, Listen, Network, Reserve, Resources, Schedule, ServiceFile, ServiceFileError,
-};
+pub use service_file::{Handover, ImageRef, Reserve, Resources, Schedule, ServiceFile, ServiceFileError};
 pub use window::{FeatureWindow, ProbeCounts};

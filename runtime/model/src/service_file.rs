@@ -4,12 +4,11 @@
 //! paths are resolved by whoever read the file.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{PerResource, ServiceName};
+use crate::{Listen, PerResource, ServiceName};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -52,33 +51,6 @@ impl ImageRef {
     pub fn resolved(&self, folder: &Path) -> Self {
         if self.0.is_absolute() { self.clone() } else { Self(folder.join(&self.0)) }
     }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Listen {
-    /// `127.0.0.1:6379`
-    pub address: SocketAddr,
-    #[serde(default)]
-    pub network: Network,
-    /// Length of the accept queue.
-    #[serde(default = "default_backlog")]
-    pub backlog: u32,
-}
-
-fn default_backlog() -> u32 {
-    4096
-}
-
-/// In which network namespace a listener is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Network {
-    /// The host's: reachable from outside without address translation or a proxy.
-    #[default]
-    Host,
-    /// The service's own, shared by its generations.
-    Service,
 }
 
 /// Ceilings of every generation.
@@ -204,6 +176,9 @@ impl ServiceFile {
             }
         })?;
         parsed.validate().map_err(|(field, problem)| at(offset_of(text, field), format!("{field}: {problem}")))?;
+        crate::listen::validate(&parsed.listen).map_err(|wrong| {
+            at(offset_in_listener(text, &wrong.name, wrong.field), format!("{}: {}", wrong.field, wrong.problem))
+        })?;
         Ok(parsed)
     }
 
@@ -257,18 +232,6 @@ impl ServiceFile {
         if let Some(name) = self.env.keys().find(|name| name.is_empty() || name.contains(['=', '\0'])) {
             return Err(("env", format!("{name:?} is no name of a variable: not empty, without \"=\" and NUL")));
         }
-        for (name, listen) in &self.listen {
-            if listen.address.port() == 0 {
-                return Err((
-                    "address",
-                    format!("port 0 of listener {name:?} would be another one each time: name one"),
-                ));
-            }
-            // LISTEN_FDNAMES separates names by colons.
-            if name.is_empty() || name.contains(':') || !name.bytes().all(|b| b.is_ascii_graphic()) {
-                return Err(("listen", format!("{name:?} is no listener name: printable ASCII without a colon")));
-            }
-        }
         for time in &self.schedule.daily_utc {
             minute_of_day(time).ok_or_else(|| ("daily_utc", format!("{time:?} is no time of day like \"03:30\"")))?;
         }
@@ -313,8 +276,29 @@ fn offset_of(text: &str, field: &str) -> usize {
     0
 }
 
+/// Where a field of one listener stands: below its own header, or on the line that begins with its name.
+fn offset_in_listener(text: &str, name: &str, field: &str) -> usize {
+    // However it is quoted and spaced.
+    let plain =
+        |line: &str| -> String { line.chars().filter(|c| !c.is_whitespace() && !matches!(c, '"' | '\'')).collect() };
+    let header = plain(&format!("[listen.{name}]"));
+    let mut end = 0;
+    let mut lines = text.split_inclusive('\n').map(|line| {
+        end += line.len();
+        (end - line.len(), line)
+    });
+    let Some((begin, _)) = lines.find(|(_, line)| plain(line).starts_with(&header)) else {
+        return offset_of(text, name);
+    };
+    // Up to the next table: what is left out here may stand in another listener.
+    let mut own = lines.take_while(|(_, line)| !line.trim_start().starts_with('['));
+    own.find(|(_, line)| line.trim_start().starts_with(field)).map_or(begin, |(at, _)| at)
+}
+
 #[cfg(test)]
 mod tests {
+    use crate::Network;
+
     use super::*;
 
     const SMALL: &str = "name = \"sessions\"\nimage = \"images/v1\"\n[listen.resp]\naddress = \"127.0.0.1:6380\"\n";
@@ -341,6 +325,31 @@ mod tests {
             ("name = \"s\"\nimage = \"x\"\n[env]\n\"A=B\" = \"x\"\n", 3, "A=B"),
             ("name = \"s\"\nimage = \"x\"\ncommand = [\"a\\u0000\"]\n", 3, "NUL"),
             ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"127.0.0.1:0\"\n", 4, "port 0"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"run/app.sock\"\n", 4, "absolute"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/../app\"\n", 4, "absolute"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\ntype = \"raw\"\n", 5, "raw"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\nnetwork = \"service\"\n", 5, "network"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\nmode = \"rw\"\n", 5, "octal"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\nmode = \"01777\"\n", 5, "octal"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\nowner = \":g\"\n", 5, "owner"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"[::1]:1\"\nmode = \"0660\"\n", 5, "unix socket"),
+            (
+                "name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\n[listen.b]\nbacklog = 1\naddress = \"/run/a\"\n",
+                7,
+                "listener \"a\"",
+            ),
+            ("name = \"s\"\nimage = \"x\"\n[listen]\na = { address = \"/run/a\", mode = \"x\" }\n", 4, "mode"),
+            ("name = \"s\"\nimage = \"x\"\n[listen.a]\n[listen.b]\naddress = \"/run/b\"\n", 3, "address"),
+            (
+                "name = \"s\"\nimage = \"x\"\n[listen.\"a b\"]\naddress = \"/run/a\"\n[listen.b]\naddress = \"/run/b\"\n",
+                3,
+                "listener name",
+            ),
+            (
+                "name = \"s\"\nimage = \"x\"\n[listen.a]\naddress = \"/run/a\"\n[listen.b]\naddress = \"/run/b\"\nmode = \"x\"\n",
+                7,
+                "mode",
+            ),
             ("name = \"s\"\n", 1, "image"),
             ("name = ", 1, ""),
         ];

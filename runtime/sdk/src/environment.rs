@@ -14,16 +14,62 @@ pub(crate) const CONTROL_FD: &str = "WARMSWAP_CONTROL_FD";
 /// killed, a new agent takes it from there and the conversation goes on.
 const RESCUE_FD: &str = "WARMSWAP_RESCUE_FD";
 
-/// A listening socket and its name in the service file.
+/// What a [`Listener`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ListenerKind {
+    /// Connections are accepted from it.
+    Tcp,
+    /// Connections are accepted from it.
+    UnixStream,
+    /// Datagrams are read from it and answered on it.
+    Udp,
+    /// Datagrams are read from it and answered on it.
+    UnixDatagram,
+    /// Something that warmswap opens for nobody, but others pass as `LISTEN_FDS`: a FIFO, say.
+    Other,
+}
+
+impl ListenerKind {
+    /// Whether connections are accepted from it.
+    #[must_use]
+    pub fn accepts(self) -> bool {
+        matches!(self, Self::Tcp | Self::UnixStream)
+    }
+
+    fn of(fd: BorrowedFd<'_>) -> Self {
+        match (socket_option(fd, libc::SO_DOMAIN), socket_option(fd, libc::SO_TYPE)) {
+            (Some(libc::AF_INET | libc::AF_INET6), Some(libc::SOCK_STREAM)) => Self::Tcp,
+            (Some(libc::AF_INET | libc::AF_INET6), Some(libc::SOCK_DGRAM)) => Self::Udp,
+            (Some(libc::AF_UNIX), Some(libc::SOCK_STREAM)) => Self::UnixStream,
+            (Some(libc::AF_UNIX), Some(libc::SOCK_DGRAM)) => Self::UnixDatagram,
+            _ => Self::Other,
+        }
+    }
+}
+
+fn socket_option(fd: BorrowedFd<'_>, name: libc::c_int) -> Option<libc::c_int> {
+    use std::os::fd::AsRawFd;
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointers refer to locals of the stated size that outlive the call.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
+    (result == 0).then_some(value)
+}
+
+/// A socket where clients arrive, and its name in the service file. All generations hold it. The owner alone accepts from
+/// it or reads it: what arrives while nobody owns waits in the socket, a datagram as well as a connection.
 #[derive(Debug)]
 pub struct Listener {
     pub name: String,
+    pub kind: ListenerKind,
     fd: OwnedFd,
 }
 
 impl Listener {
     pub(crate) fn new(name: String, fd: OwnedFd) -> Self {
-        Self { name, fd }
+        Self { name, kind: ListenerKind::of(fd.as_fd()), fd }
     }
 }
 
@@ -99,4 +145,23 @@ pub(crate) fn set_nonblocking(fd: &OwnedFd) -> Result<(), SdkError> {
         return Err(failed());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn listeners_say_what_they_are() {
+        let kind = |fd: OwnedFd| Listener::new("l".into(), fd).kind;
+        assert_eq!(kind(TcpListener::bind("127.0.0.1:0").unwrap().into()), ListenerKind::Tcp);
+        assert_eq!(kind(UdpSocket::bind("127.0.0.1:0").unwrap().into()), ListenerKind::Udp);
+        assert_eq!(kind(UnixDatagram::unbound().unwrap().into()), ListenerKind::UnixDatagram);
+        assert_eq!(kind(UnixStream::pair().unwrap().0.into()), ListenerKind::UnixStream);
+        assert_eq!(kind(std::io::pipe().unwrap().0.into()), ListenerKind::Other);
+        assert!(ListenerKind::Tcp.accepts() && !ListenerKind::Udp.accepts());
+    }
 }

@@ -14,7 +14,7 @@
 //!          Retire             → leave
 //!          ControlLost        → stop watching control_fd()
 //!      }
-//!      owner: accept, read, change service.state_mut(), service.commit(), service.may_write(), reply
+//!      owner: accept (datagrams: receive), read, change service.state_mut(), service.commit(), service.may_write(), reply
 //!  }
 //! ```
 //!
@@ -27,7 +27,7 @@ mod environment;
 mod outbox;
 mod service;
 
-pub use environment::{Listener, is_supervised};
+pub use environment::{Listener, ListenerKind, is_supervised};
 pub use outbox::OUTBOX_LEN_MAX;
 pub use service::{Event, SdkError, Service, join};
 pub use warmswap_transfer as transfer;

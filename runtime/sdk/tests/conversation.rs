@@ -146,6 +146,127 @@ fn a_new_follower_gets_every_connection_then_every_change() {
 }
 
 #[test]
+fn a_follower_that_lacks_connections_does_not_become_owner() {
+    let mut stage = Stage::new(NoState);
+    let (_client, cookie) = stage.follow_connection();
+    stage.own(None, Some(2), true);
+    let events = stage.events();
+    assert!(matches!(events[..], [Event::ConnectionArrived { cookie: of, .. }] if of == cookie), "{events:?}");
+    let said = stage.said();
+    assert!(matches!(&said[..], [ToSupervisor::Failed { what }] if what.contains("has 1 of 2")), "{said:?}");
+    assert!(!stage.service.is_owner());
+    let (_other, _) = stage.follow_connection();
+    stage.own(None, Some(2), true);
+    assert!(matches!(stage.events()[..], [Event::ConnectionArrived { .. }, Event::BecomeOwner { .. }]));
+}
+
+/// The limit belongs to the whole process, so a process of its own is needed: the test again, in a child. True in there.
+fn in_a_process_of_its_own(test: &str) -> bool {
+    const CHILD: &str = "WARMSWAP_TEST_LOW_LIMIT";
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = child.args(["--exact", test]).env(CHILD, "1").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    false
+}
+
+/// Lets this process open so many more files, until what is returned is dropped.
+fn leave_descriptors(count: usize) -> Vec<std::fs::File> {
+    let numbers = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let highest = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok()).max().unwrap();
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is live in both calls.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = highest + 1 + count as u64;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+    }
+    // The kernel gives the lowest number that is free, and there may be some in between.
+    let mut hoard: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+    hoard.truncate(hoard.len() - count);
+    hoard
+}
+
+#[test]
+fn an_owner_sends_its_connections_with_the_few_descriptors_it_has_left() {
+    if !in_a_process_of_its_own("an_owner_sends_its_connections_with_the_few_descriptors_it_has_left") {
+        return;
+    }
+    let mut stage = Stage::owning(NoState);
+    let mut open: Vec<_> = (0..200).map(|_| stage.accept()).collect();
+    let hoard = leave_descriptors(5);
+    stage.tell(&ToService::Follow { on: true });
+    stage.tell(&ToService::CaughtUp { round: 1, commit: None });
+    let (mut sent, mut messages) = (0, 0);
+    let mut take = |said: Vec<ToSupervisor>| {
+        for message in said {
+            match message {
+                ToSupervisor::Connections { records } => {
+                    sent += records.len();
+                    messages += 1;
+                }
+                ToSupervisor::CaughtUp { connections: 200, .. } => return Some((sent, messages)),
+                other => panic!("{other:?}"),
+            }
+        }
+        None
+    };
+    let (sent, messages) = std::iter::repeat_with(|| stage.said()).find_map(&mut take).unwrap();
+    assert!(sent == 200 && messages >= 40, "{sent} in {messages} messages");
+    // The same when it has to stop serving at once: those that came since are told of first.
+    drop(hoard);
+    open.truncate(100);
+    let late: Vec<_> = (0..20).map(|_| stage.accept()).collect();
+    let _hoard = leave_descriptors(3);
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 2_000_000 });
+    stage.events();
+    stage.service.yielded(Vec::new()).unwrap();
+    let said = stage.said();
+    let told = said.iter().map(|m| if let ToSupervisor::Connections { records } = m { records.len() } else { 0 });
+    assert_eq!(told.sum::<usize>(), late.len(), "{said:?}");
+    assert!(matches!(said.last(), Some(ToSupervisor::Yielded { .. })), "{said:?}");
+}
+
+#[test]
+fn an_owner_without_a_descriptor_left_says_so_and_serves_on() {
+    if !in_a_process_of_its_own("an_owner_without_a_descriptor_left_says_so_and_serves_on") {
+        return;
+    }
+    let mut stage = Stage::owning(NoState);
+    let _open: Vec<_> = (0..10).map(|_| stage.accept()).collect();
+    let _hoard = leave_descriptors(0);
+    stage.tell(&ToService::Follow { on: true });
+    let said = stage.said();
+    assert!(matches!(&said[..], [ToSupervisor::Failed { what }] if what.contains("no descriptor is left")), "{said:?}");
+    assert!(stage.service.may_write() && stage.service.connections() == 10);
+}
+
+#[test]
+fn a_follower_says_that_its_limit_is_too_low_and_that_connections_were_lost() {
+    if !in_a_process_of_its_own("a_follower_says_that_its_limit_is_too_low_and_that_connections_were_lost") {
+        return;
+    }
+    let mut stage = Stage::new(NoState);
+    let _first = stage.follow_connection();
+    let hoard = leave_descriptors(20);
+    stage.events();
+    let said = stage.said();
+    assert!(matches!(&said[..], [ToSupervisor::Failed { what }] if what.contains("RLIMIT_NOFILE")), "{said:?}");
+    let _second = stage.follow_connection();
+    drop(hoard);
+    let _hoard = leave_descriptors(0);
+    assert!(stage.events().is_empty());
+    let said = stage.said();
+    assert!(matches!(&said[..], [ToSupervisor::Failed { what }] if what.contains("were lost")), "{said:?}");
+    assert_eq!(stage.service.connections(), 1);
+    // The conversation goes on.
+    stage.tell(&ToService::CaughtUp { round: 1, commit: None });
+    assert_eq!(stage.said(), [ToSupervisor::CaughtUp { round: 1, commit: None, connections: 1 }]);
+}
+
+#[test]
 fn a_descriptor_number_that_was_given_away_again_is_not_sent_as_the_old_connection() {
     let mut stage = Stage::owning(NoState);
     let (_client, fd, _cookie) = stage.accept();

@@ -13,6 +13,8 @@ use rkyv::util::AlignedVec;
 use crate::message::{Message, MessageError, ToService, ToSupervisor};
 use crate::sys;
 
+pub use crate::sys::files_max;
+
 /// Longest message, bytes.
 pub const MESSAGE_LEN_MAX: usize = 64 * 1024;
 /// Most descriptors per message (`SCM_MAX_FD` of the kernel).
@@ -36,8 +38,12 @@ pub enum ChannelError {
     TooLong { len: usize },
     #[error("{count} descriptors are more than the {DESCRIPTORS_MAX} that fit one message")]
     TooManyDescriptors { count: usize },
-    #[error("descriptors of a message were lost; is RLIMIT_NOFILE of this process too low?")]
-    DescriptorsLost,
+    /// The kernel hands over what still fits and forgets the rest; the whole message is dropped. `connections`: they were
+    /// connections, without which the handover cannot go on but the conversation can.
+    #[error(
+        "descriptors of a message were lost: this process may have {files_max} files open (RLIMIT_NOFILE), which is too few"
+    )]
+    DescriptorsLost { connections: bool, files_max: u64 },
     #[error("a message came with {got} descriptors instead of {expected}")]
     DescriptorCount { expected: usize, got: usize },
     #[error(transparent)]
@@ -60,10 +66,13 @@ impl ChannelError {
             Self::Full { .. }
             | Self::TooLong { .. }
             | Self::TooManyDescriptors { .. }
-            | Self::DescriptorsLost
+            | Self::DescriptorsLost { connections: true, .. }
             | Self::DescriptorCount { .. }
             | Self::Message(_) => true,
-            Self::Closed | Self::NotAChannel | Self::System { .. } => false,
+            Self::DescriptorsLost { connections: false, .. }
+            | Self::Closed
+            | Self::NotAChannel
+            | Self::System { .. } => false,
         }
     }
 }
@@ -260,11 +269,12 @@ impl<Out: Message, In: Message> Channel<Out, In> {
         };
         // Own the descriptors before anything can fail.
         let descriptors = take_descriptors(&header);
-        if header.msg_flags & libc::MSG_CTRUNC != 0 {
-            return Err(ChannelError::DescriptorsLost);
-        }
         if header.msg_flags & libc::MSG_TRUNC != 0 {
             return Err(ChannelError::TooLong { len });
+        }
+        if header.msg_flags & libc::MSG_CTRUNC != 0 {
+            let connections = In::decode(&self.buffer[..len]).is_ok_and(|message| message.carries_connections());
+            return Err(ChannelError::DescriptorsLost { connections, files_max: sys::files_max() });
         }
         if len == 0 {
             // No message is empty, so this is the end (or an intruder's empty packet, which ends it as well).

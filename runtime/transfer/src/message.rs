@@ -221,6 +221,8 @@ pub trait Message: Sized + fmt::Debug {
     fn descriptors(&self) -> usize;
     /// Which message it is, for logs and reports.
     fn name(&self) -> &'static str;
+    /// Whether its descriptors are connections.
+    fn carries_connections(&self) -> bool;
 }
 
 fn attached(records: &[ConnectionRecord]) -> usize {
@@ -260,6 +262,10 @@ impl Message for ToService {
             Self::Retire { .. } => "Retire",
         }
     }
+
+    fn carries_connections(&self) -> bool {
+        matches!(self, Self::Connections { .. })
+    }
 }
 
 impl Message for ToSupervisor {
@@ -294,6 +300,10 @@ impl Message for ToSupervisor {
             Self::Drained => "Drained",
             Self::Failed { .. } => "Failed",
         }
+    }
+
+    fn carries_connections(&self) -> bool {
+        matches!(self, Self::Connections { .. })
     }
 }
 

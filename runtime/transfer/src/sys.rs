@@ -113,3 +113,11 @@ pub(crate) fn poll(fd: BorrowedFd<'_>, events: libc::c_short, timeout: std::time
         _ => Ok(()),
     }
 }
+
+/// How many files this process may have open (the soft limit).
+pub fn files_max() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a live struct of the type that the call fills. It cannot fail for this resource; if it did, 0 would be said.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    limit.rlim_cur
+}

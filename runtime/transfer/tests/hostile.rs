@@ -131,8 +131,16 @@ fn descriptors_lost_to_a_low_limit_are_an_error_and_the_rest_closes() {
     let limit = libc::rlimit { rlim_cur: 40, rlim_max: 40 };
     // SAFETY: `limit` is live.
     unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    assert!(matches!(ours.try_recv(), Err(ChannelError::DescriptorsLost)));
+    let lost = ours.try_recv();
+    assert!(matches!(lost, Err(ChannelError::DescriptorsLost { connections: true, files_max: 40 })), "{lost:?}");
     assert_eq!(references(&file), 1);
+    // Messages are whole, so the next one is understood.
+    theirs.send(&ToSupervisor::Ready, &[]).unwrap();
+    assert_eq!(ours.try_recv().unwrap().unwrap().0, ToSupervisor::Ready);
+    let _hoard: Vec<_> = std::iter::from_fn(|| file.try_clone().ok()).collect();
+    theirs.send(&ToSupervisor::Segment { index: 0 }, &[file.as_fd()]).unwrap();
+    let lost = ours.try_recv();
+    assert!(matches!(lost, Err(ChannelError::DescriptorsLost { connections: false, .. })), "{lost:?}");
 }
 
 #[test]

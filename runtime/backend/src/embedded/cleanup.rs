@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
 
-use super::{EmbeddedBackend, EmbeddedConfig, lock, remove_empty_cgroups, remove_folder, remove_netns};
+use super::{EmbeddedBackend, EmbeddedConfig, lock, remove_empty_cgroups, remove_folder, remove_netns, sockets};
 use crate::cgroup::{Group, Hierarchies, file_error};
 use crate::contract::{Backend, Result};
 use crate::host;
@@ -35,7 +35,7 @@ fn layout_of(run_dir: &Path) -> Layout {
 }
 
 /// Whatever of the runtime with this run folder is on the host, a line each: processes, mounts, cgroups, network
-/// namespaces, folders of containers. Unpacked images and logs are not counted: they are meant to stay.
+/// namespaces, folders of containers, files of unix sockets. Unpacked images and logs are not counted: they are meant to stay.
 #[must_use]
 pub fn leftovers(run_dir: &Path) -> Vec<String> {
     let layout = layout_of(run_dir);
@@ -57,6 +57,7 @@ pub fn leftovers(run_dir: &Path) -> Vec<String> {
     for folder in [layout.netns_folder(), layout.containers_run(), layout.state_dir.join("containers")] {
         left.extend(folder_names(&folder).iter().map(|name| format!("folder {}", folder.join(name).display())));
     }
+    left.extend(sockets::left_in(&layout.sockets_folder()).iter().map(|path| format!("socket {}", path.display())));
     left
 }
 
@@ -89,6 +90,9 @@ impl EmbeddedBackend {
         }
         for name in folder_names(&self.layout.netns_folder()) {
             remove_netns(&self.layout.netns_folder().join(name))?;
+        }
+        for record in sockets::records_in(&self.layout.sockets_folder()) {
+            sockets::remove_all(&record)?;
         }
         let mounts: Vec<PathBuf> = host::mounts_below(&self.layout.run_dir);
         for mount in mounts.iter().rev().filter(|mount| **mount != self.layout.run_dir) {

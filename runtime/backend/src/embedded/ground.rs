@@ -3,8 +3,9 @@
 //! Made by a short-lived helper process, because both belong to whoever makes them: a socket remembers the cgroup and the
 //! network namespace it was created in, and so do the connections accepted from it.
 //!
-//! Listeners are non-blocking (several generations wait for the same queue, so whoever is woken may find nothing),
-//! have `SO_REUSEADDR`, and are close-on-exec everywhere but in the container they are passed to.
+//! Listeners are non-blocking (several generations wait for the same queue, so whoever is woken may find nothing), and
+//! close-on-exec everywhere but in the container they are passed to. A *listener* is a socket that accepts connections, or
+//! a datagram socket with an address.
 
 use std::fs;
 use std::io;
@@ -12,15 +13,16 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, listen, setsockopt,
     socket, sockopt,
 };
-use warmswap_model::{Listen, Network};
+use nix::sys::stat::{Mode, umask};
+use warmswap_model::{Listen, ListenAddress, Network, Transport};
 
+use super::sockets;
 use super::wire::{Channel, FDS_MAX, GroundReply, GroundRequest};
 
 /// `struct ifreq` with flags, as SIOCGIFFLAGS and SIOCSIFFLAGS take it; padded to the kernel's size.
@@ -45,6 +47,8 @@ fn work(agent: &Channel, request: &GroundRequest) -> Result<(), GroundReply> {
     let failed = |what: String| {
         move |error: &dyn std::fmt::Display| GroundReply::Failed { problem: format!("cannot {what}: {error}") }
     };
+    // A socket's file is there before it has its permissions.
+    umask(Mode::from_bits_truncate(0o077));
     if !request.listen.is_empty() {
         fs::write(&request.cgroup_procs, "0")
             .map_err(|error| failed(format!("join the cgroup {}", request.cgroup_procs.display()))(&error))?;
@@ -52,9 +56,18 @@ fn work(agent: &Channel, request: &GroundRequest) -> Result<(), GroundReply> {
     let mut listeners: Vec<(String, OwnedFd)> = Vec::with_capacity(request.listen.len());
     let mut open = |network| -> Result<(), GroundReply> {
         for (name, wanted) in request.listen.iter().filter(|(_, wanted)| wanted.network == network) {
-            let fd = open_listener(wanted)
-                .map_err(|errno| GroundReply::Listen { name: name.clone(), errno: errno as i32 })?;
-            listeners.push((name.clone(), fd));
+            match open_listener(wanted, &request.sockets) {
+                Ok(fd) => listeners.push((name.clone(), fd)),
+                Err(error) => {
+                    for (_, wanted) in request.listen.iter().filter(|(n, _)| listeners.iter().any(|(o, _)| o == n)) {
+                        if let ListenAddress::Unix(path) = &wanted.address {
+                            sockets::unbind_file(path, &request.sockets);
+                        }
+                    }
+                    let (errno, problem) = (error.raw_os_error(), error.to_string());
+                    return Err(GroundReply::Listen { name: name.clone(), errno, problem });
+                }
+            }
         }
         Ok(())
     };
@@ -75,34 +88,85 @@ fn work(agent: &Channel, request: &GroundRequest) -> Result<(), GroundReply> {
     }
 }
 
-fn open_listener(wanted: &Listen) -> Result<OwnedFd, Errno> {
-    let family = if wanted.address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
-    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
-    if wanted.address.is_ipv6() {
-        // `[::]` shall not take 0.0.0.0 away from another listener.
-        setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
+/// `record` is where the service's socket files are written down.
+pub(crate) fn open_listener(wanted: &Listen, record: &Path) -> io::Result<OwnedFd> {
+    let kind = match wanted.transport {
+        Transport::Stream => SockType::Stream,
+        Transport::Datagram => SockType::Datagram,
+    };
+    let fd = match &wanted.address {
+        ListenAddress::Inet(address) => open_inet(*address, kind, wanted.backlog)?,
+        ListenAddress::Unix(path) => {
+            let fd = sockets::unix_socket(kind)?;
+            sockets::bind_file(fd.as_fd(), path, wanted, record)?;
+            fd
+        }
+    };
+    if kind == SockType::Stream {
+        // The kernel cuts it to net.core.somaxconn.
+        listen(&fd, Backlog::new(i32::try_from(wanted.backlog).unwrap_or(i32::MAX)).unwrap_or(Backlog::MAXCONN))?;
     }
-    bind(fd.as_raw_fd(), &SockaddrStorage::from(wanted.address))?;
-    // The kernel cuts it to net.core.somaxconn.
-    listen(&fd, Backlog::new(i32::try_from(wanted.backlog).unwrap_or(i32::MAX)).unwrap_or(Backlog::MAXCONN))?;
     Ok(fd)
 }
 
-/// Whether a descriptor is a listener for this address.
-pub(crate) fn listens_on(fd: BorrowedFd<'_>, wanted: SocketAddr) -> bool {
+fn open_inet(address: SocketAddr, kind: SockType, backlog: u32) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    match kind {
+        // Two UDP sockets with it would share a port, and the datagrams, without an error.
+        SockType::Stream => setsockopt(&fd, sockopt::ReuseAddr, &true)?,
+        // 1 KiB each, which the kernel doubles for what it stores beside. Refused to whoever is not root; then the
+        // host's usual room has to do.
+        _ => {
+            let room = usize::try_from(backlog).unwrap_or(usize::MAX).saturating_mul(1024).min(i32::MAX as usize / 2);
+            let _ = setsockopt(&fd, sockopt::RcvBufForce, &room);
+        }
+    }
+    if address.is_ipv6() {
+        // `[::]` shall not take 0.0.0.0 away from another listener.
+        setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(fd)
+}
+
+/// Whether a descriptor is this listener.
+pub(crate) fn listens_on(fd: BorrowedFd<'_>, wanted: &Listen) -> bool {
     let Ok(bound) = getsockname::<SockaddrStorage>(fd.as_raw_fd()) else { return false };
-    let bound: Option<SocketAddr> = bound
-        .as_sockaddr_in()
-        .map(|v4| SocketAddr::from(*v4))
-        .or_else(|| bound.as_sockaddr_in6().map(|v6| SocketAddr::from(*v6)));
-    // Port 0 is "any": it was chosen when the listener was opened.
-    is_listener(fd)
-        && bound.is_some_and(|bound| bound.ip() == wanted.ip() && (bound.port() == wanted.port() || wanted.port() == 0))
+    let same_address = match &wanted.address {
+        ListenAddress::Unix(path) => bound.as_unix_addr().and_then(|bound| bound.path()) == Some(path),
+        ListenAddress::Inet(wanted) => {
+            let bound: Option<SocketAddr> = bound
+                .as_sockaddr_in()
+                .map(|v4| SocketAddr::from(*v4))
+                .or_else(|| bound.as_sockaddr_in6().map(|v6| SocketAddr::from(*v6)));
+            // Port 0 is "any": it was chosen when the listener was opened.
+            bound.is_some_and(|b| b.ip() == wanted.ip() && (b.port() == wanted.port() || wanted.port() == 0))
+        }
+    };
+    same_address && listener_transport(fd) == Some(wanted.transport)
 }
 
 pub(crate) fn is_listener(fd: BorrowedFd<'_>) -> bool {
-    getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false)
+    listener_transport(fd).is_some()
+}
+
+/// `None` for what is no listener: other descriptors, established connections, datagram sockets without an address.
+fn listener_transport(fd: BorrowedFd<'_>) -> Option<Transport> {
+    match getsockopt(&fd, sockopt::SockType).ok()? {
+        SockType::Stream => getsockopt(&fd, sockopt::AcceptConn).ok()?.then_some(Transport::Stream),
+        SockType::Datagram => {
+            let bound = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok()?;
+            let has_address = match (bound.as_sockaddr_in(), bound.as_sockaddr_in6(), bound.as_unix_addr()) {
+                (Some(v4), ..) => v4.port() != 0,
+                (_, Some(v6), _) => v6.port() != 0,
+                (.., Some(unix)) => unix.path().is_some(),
+                _ => false,
+            };
+            has_address.then_some(Transport::Datagram)
+        }
+        _ => None,
+    }
 }
 
 /// Enters the network namespace, or makes it: loopback up, bound to the path so that it outlives this process.

@@ -11,13 +11,16 @@ mod rescue;
 mod rootfs;
 mod service;
 mod shim;
+mod sockets;
 mod user;
 mod wire;
 
 use cleanup::remember_state_dir;
 pub use cleanup::{leftovers, purge};
+pub(crate) use ground::open_listener;
 pub(crate) use oci::environment;
 use service::remove_netns;
+pub(crate) use sockets::remove_all as remove_sockets;
 pub(crate) use user::identity;
 
 use std::collections::BTreeMap;

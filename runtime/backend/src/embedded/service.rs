@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, umount2};
 use warmswap_model::{Listen, ServiceName};
 
 use super::wire::{GroundReply, GroundRequest};
-use super::{EmbeddedBackend, LISTENER_PREFIX, LISTENERS_VERB, ground, lock, remove_empty_cgroups};
+use super::{EmbeddedBackend, LISTENER_PREFIX, LISTENERS_VERB, ground, lock, remove_empty_cgroups, sockets};
 use crate::cgroup::file_error;
 use crate::contract::{Backend, Result};
 use crate::{BackendError, NamedFd, ServiceGround};
@@ -72,6 +72,7 @@ impl EmbeddedBackend {
                 problem: format!("containers are left: {}", left.join(", ")),
             });
         }
+        sockets::remove_all(&self.layout.sockets(service))?;
         remove_netns(&self.layout.netns(service))?;
         self.service_group(service).remove()?;
         self.remove_empty_parents(service);
@@ -85,7 +86,7 @@ impl EmbeddedBackend {
             let Ok(kept) = self.kept_fds(&id) else { continue };
             for named in kept {
                 let Some(name) = named.name.strip_prefix(LISTENER_PREFIX) else { continue };
-                if listen.get(name).is_some_and(|wanted| ground::listens_on(named.fd.as_fd(), wanted.address)) {
+                if listen.get(name).is_some_and(|wanted| ground::listens_on(named.fd.as_fd(), wanted)) {
                     found.entry(name.to_owned()).or_insert(NamedFd { name: name.to_owned(), fd: named.fd });
                 }
             }
@@ -101,6 +102,7 @@ impl EmbeddedBackend {
             listen: missing,
             cgroup_procs: self.service_group(service).v2().join("cgroup.procs"),
             netns: self.layout.netns(service),
+            sockets: self.layout.sockets(service),
         };
         let (helper, mut child) = self
             .spawn_helper(&[LISTENERS_VERB.as_ref()], Stdio::inherit())
@@ -116,13 +118,13 @@ impl EmbeddedBackend {
                             return Ok(listeners);
                         }
                     }
-                    (GroundReply::Listen { name, errno }, _) => {
+                    (GroundReply::Listen { name, errno, problem }, _) => {
                         let wanted = request.listen.iter().find(|(n, _)| *n == name);
                         return Err(match wanted {
                             Some((_, wanted)) => BackendError::Listen {
-                                address: wanted.address,
+                                address: wanted.address.clone(),
                                 name,
-                                source: io::Error::from_raw_os_error(errno),
+                                source: errno.map_or_else(|| io::Error::other(problem), io::Error::from_raw_os_error),
                             },
                             None => failed(format!("the helper process answered for {name:?}")),
                         });

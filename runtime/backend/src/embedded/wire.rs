@@ -77,6 +77,8 @@ pub(crate) struct GroundRequest {
     /// `cgroup.procs` of the service.
     pub(crate) cgroup_procs: std::path::PathBuf,
     pub(crate) netns: std::path::PathBuf,
+    /// Where the service's socket files are written down.
+    pub(crate) sockets: std::path::PathBuf,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -88,7 +90,8 @@ pub(crate) enum GroundReply {
     },
     Listen {
         name: String,
-        errno: i32,
+        errno: Option<i32>,
+        problem: String,
     },
     Failed {
         problem: String,

@@ -1,13 +1,20 @@
 //! The connections of a service: from the owner to whoever follows, and what becomes of them when ownership moves.
 
 use std::collections::hash_map::Entry;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
+use warmswap_transfer::channel::files_max;
 use warmswap_transfer::control::ControlWord;
 use warmswap_transfer::message::{CARRY_LEN_MAX, ConnectionRecord, ToSupervisor, socket_cookie, split_connections};
 use warmswap_transfer::state::State;
 
 use super::{Event, Known, Link, RESEND_PER_POLL, Role, SdkError, Service};
+
+/// A follower that has fewer descriptors left than this, with all connections there are, could not take those that come in
+/// the blackout. It says so while the owner still serves.
+const DESCRIPTORS_LEFT_MIN: u64 = 64;
 
 impl<S: State> Service<S> {
     /// What becomes of connections whose owner did not hand them over in order; see `ToService::Own`.
@@ -37,6 +44,16 @@ impl<S: State> Service<S> {
     pub(super) fn take_connections(&mut self, records: Vec<ConnectionRecord>, fds: Vec<OwnedFd>) {
         if self.role == Role::Owner {
             return; // on its way when this process became owner; the descriptors close here
+        }
+        // The kernel gives the lowest number that is free.
+        let highest = fds.iter().map(AsRawFd::as_raw_fd).max().map_or(0, i32::unsigned_abs);
+        if u64::from(highest) + DESCRIPTORS_LEFT_MIN >= files_max() {
+            self.fail(format!(
+                "{} connections leave fewer than {DESCRIPTORS_LEFT_MIN} of the {} files that this process may have open \
+                 (RLIMIT_NOFILE)",
+                self.connections.len() + fds.len(),
+                files_max()
+            ));
         }
         let mut fds = fds.into_iter();
         for record in records {
@@ -94,6 +111,39 @@ impl<S: State> Service<S> {
         self.send_connections(&slice)
     }
 
+    /// Whatever a follower has not been told of.
+    pub(super) fn send_all_connections(&mut self, deadline: Instant) -> Result<(), SdkError> {
+        self.send_changes()?;
+        while !self.resend.is_empty() {
+            let before = self.resend.len();
+            self.send_some_connections()?;
+            // Too few descriptors for more duplicates: room comes when those that wait have left.
+            if self.resend.len() >= before && !self.flush_until(deadline)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// False when the supervisor did not read everything in time.
+    pub(super) fn flush_until(&mut self, deadline: Instant) -> Result<bool, SdkError> {
+        let Some(link) = self.link.as_ref() else { return Ok(true) };
+        let sent = self.outbox.flush_until(&link.channel, deadline);
+        let all = matches!(sent, Ok(true));
+        self.survive(sent.map(drop)).map(|()| all)
+    }
+
+    /// Says so when this process has fewer connections than its predecessor: those that are missing would hang, because
+    /// nobody would read from them.
+    pub(super) fn lacks_connections(&mut self, connections_open: Option<u64>) -> bool {
+        let held = self.connections.len() as u64;
+        let missing = connections_open.filter(|open| *open > held);
+        if let Some(open) = missing {
+            self.fail(format!("has {held} of {open} connections"));
+        }
+        missing.is_some()
+    }
+
     /// What opened and closed since the last call.
     pub(super) fn send_changes(&mut self) -> Result<(), SdkError> {
         if !self.opened.is_empty() {
@@ -106,17 +156,23 @@ impl<S: State> Service<S> {
             }
         }
         if self.outbox.is_overfull() {
-            self.outbox.forget_connections();
-            self.follow = false;
-            self.resend.clear();
-            self.fail("the control channel was full for too long; connections are not followed any more".to_owned());
+            self.stop_sending("the control channel was full for too long");
         }
         Ok(())
     }
 
+    /// No follower will have all connections: the handover that needed it is called off.
+    fn stop_sending(&mut self, why: &str) {
+        self.outbox.forget_connections();
+        self.follow = false;
+        self.resend.clear();
+        self.fail(format!("{why}; connections are not followed any more"));
+    }
+
     fn send_connections(&mut self, cookies: &[u64]) -> Result<(), SdkError> {
         let (mut records, mut fds) = (Vec::new(), Vec::new());
-        for cookie in cookies {
+        let mut short_of_descriptors = None;
+        for (at, cookie) in cookies.iter().enumerate() {
             // Closed again already, or about to be reported as closed: nobody needs to hear of it.
             let Some(known) = self.connections.get(cookie) else { continue };
             // SAFETY: the number is only used for the two calls below, in which the kernel refuses it if it is not
@@ -125,13 +181,27 @@ impl<S: State> Service<S> {
             if socket_cookie(fd).ok() != Some(*cookie) {
                 continue;
             }
-            let fd = fd
-                .try_clone_to_owned()
-                .map_err(|source| SdkError::System { what: "duplicate a connection", source })?;
+            let fd = match fd.try_clone_to_owned() {
+                Ok(fd) => fd,
+                Err(source) if is_shortage(&source) => {
+                    short_of_descriptors = Some((at, source));
+                    break;
+                }
+                Err(source) => return Err(SdkError::System { what: "duplicate a connection", source }),
+            };
             records.push(self.record(*cookie, &[], true, false));
             fds.push(fd);
         }
         self.push_records(&records, fds);
+        match short_of_descriptors {
+            // Nothing waits to be sent, so nothing will become free by that.
+            Some((_, source)) if self.outbox.is_empty() => {
+                self.stop_sending(&format!("no descriptor is left to send a connection with: {source}"));
+            }
+            // Duplicates that wait are descriptors too: the rest goes when they have left.
+            Some((at, _)) => cookies[at..].iter().rev().for_each(|cookie| self.resend.push_front(*cookie)),
+            None => {}
+        }
         Ok(())
     }
 
@@ -145,4 +215,9 @@ impl<S: State> Service<S> {
             begin = end;
         }
     }
+}
+
+/// Too many open files, of this process or of the host.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }

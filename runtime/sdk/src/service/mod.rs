@@ -325,7 +325,8 @@ impl<S: State> Service<S> {
     pub fn wake_within(&self) -> Option<Duration> {
         let link = self.link.as_ref().filter(|link| !link.lost)?;
         let _ = link;
-        if !self.events.is_empty() || !self.resend.is_empty() || self.preparation.is_due() {
+        let resends = !self.resend.is_empty() && self.outbox.is_empty();
+        if !self.events.is_empty() || resends || self.preparation.is_due() {
             Some(Duration::ZERO)
         } else if !self.outbox.is_empty() || self.preparation.waits() {
             Some(RETRY_INTERVAL)
@@ -430,10 +431,7 @@ impl<S: State> Service<S> {
         self.mark(MARK_STOPPED, handover);
         let state_problem = self.state.hand_over().err();
         let commit = self.commit()?;
-        while !self.resend.is_empty() {
-            self.send_some_connections()?;
-        }
-        self.send_changes()?;
+        self.send_all_connections(deadline)?;
         let kept: HashMap<u64, Vec<u8>> =
             carry.into_iter().filter(|(cookie, _)| self.connections.contains_key(cookie)).collect();
         let outdated: Vec<u64> = self.stale_carry.drain().filter(|cookie| !kept.contains_key(cookie)).collect();
@@ -462,10 +460,8 @@ impl<S: State> Service<S> {
             // The handover is called off, and this process is told to own again.
             Some(problem) => self.fail(describe(&problem)),
         }
-        let Some(link) = self.link.as_ref() else { return Ok(()) };
         // Nobody is served now, so this may wait for a supervisor that reads slowly, within the budget.
-        let sent = self.outbox.flush_until(&link.channel, deadline);
-        self.survive(sent.map(drop))
+        self.flush_until(deadline).map(drop)
     }
 
     /// The next thing to do. Never blocks; `None` when there is nothing (left) to do.
@@ -505,7 +501,10 @@ impl<S: State> Service<S> {
         }
         self.outlive_supervisor();
         self.prepare_state()?;
-        self.send_some_connections()?;
+        // Each waits with a duplicate: what the supervisor does not read shall not use up this process's descriptors.
+        if self.outbox.is_empty() {
+            self.send_some_connections()?;
+        }
         self.send_changes()?;
         self.answer_caught_up()?;
         self.flush()

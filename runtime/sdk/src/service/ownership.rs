@@ -25,6 +25,9 @@ impl<S: State> Service<S> {
             }
             return;
         }
+        if self.lacks_connections(connections_open) {
+            return;
+        }
         if let Err(holder) = self.take_ownership() {
             self.fail(format!("g{holder} serves, so this process does not"));
             return;
