@@ -10,6 +10,7 @@ mod id;
 mod latency;
 mod resource;
 mod service_file;
+mod signal;
 mod window;
 
 pub use causes::with_causes;
@@ -21,6 +22,7 @@ pub use id::{CgroupId, Generation, InvalidServiceName, ServiceName};
 pub use latency::LatencyHistogram;
 pub use resource::{PerResource, Resource};
 pub use service_file::{
-    Handover, ImageRef, Listen, Network, Reserve, Resources, Schedule, ServiceFile, ServiceFileError,
+    Handover, ImageRef, Listen, Network, Readiness, Reserve, Resources, Schedule, ServiceFile, ServiceFileError,
 };
+pub use signal::{InvalidSignal, Signal};
 pub use window::{FeatureWindow, ProbeCounts};
