@@ -27,6 +27,8 @@ pub struct Settings<'a> {
     pub image: &'a Path,
     /// Empty: what the image says.
     pub command: &'a [&'a str],
+    /// Lines before the first table.
+    pub top: &'a str,
     /// Lines of `[env]`.
     pub env: &'a str,
     pub memory_mb_max: f64,
@@ -39,7 +41,7 @@ pub struct Settings<'a> {
 impl<'a> Settings<'a> {
     #[must_use]
     pub fn new(image: &'a Path) -> Self {
-        Self { image, command: &["/bin/service"], env: "", memory_mb_max: 512.0, handover: LENIENT, more: "" }
+        Self { image, command: &["/bin/service"], top: "", env: "", memory_mb_max: 512.0, handover: LENIENT, more: "" }
     }
 }
 
@@ -134,10 +136,10 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn file(&self, name: &str, settings: &Settings<'_>) -> Result<PathBuf> {
-        let Settings { image, command, env, memory_mb_max, handover, more } = settings;
+        let Settings { image, command, top, env, memory_mb_max, handover, more } = settings;
         let command = if command.is_empty() { String::new() } else { format!("command = {command:?}\n") };
         let text = format!(
-            "name = \"{}\"\nimage = {image:?}\n{command}[env]\n{env}\n[listen.resp]\naddress = \"{}\"\n\
+            "name = \"{}\"\nimage = {image:?}\n{command}{top}\n[env]\n{env}\n[listen.resp]\naddress = \"{}\"\n\
              [resources]\nmemory_mb_max = {memory_mb_max}\n[handover]\n{handover}\n{more}\n",
             self.name, self.address
         );

@@ -9,6 +9,7 @@ mod error;
 mod journal;
 mod lifecycle;
 mod member;
+mod notify;
 mod priority;
 mod protocol;
 mod recovery;

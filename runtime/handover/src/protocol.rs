@@ -24,6 +24,7 @@ use warmswap_transfer::message::{Commit, ToService};
 use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
 use crate::member::{Member, Role};
+use crate::notify::FdStore;
 use crate::priority::Urgent;
 use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor};
 
@@ -205,12 +206,16 @@ impl Supervisor {
     fn sync(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
         let (from, to) = (attempt.from, attempt.to);
         if attempt.rung < Rung::Fds {
-            attempt.lost.push("state in memory does not move".into());
+            let stored = self.stores.get(&to).filter(|stored| !stored.is_empty());
+            attempt.state_bytes = stored.map_or(0, FdStore::bytes);
+            let state = "state in memory does not move";
+            attempt.lost.push(stored.map_or_else(|| state.into(), |stored| format!("{state}, except for {stored}")));
             if attempt.rung == Rung::Listeners {
                 attempt.lost.push(format!("connections established with {from} end when it has drained"));
             }
+            let said = stored.map_or_else(|| "nothing to copy".into(), |stored| format!("{stored} passed on"));
             self.activate(plan, to);
-            return Ok("nothing to copy: the program does not link the SDK".into());
+            return Ok(format!("{said}: the program does not link the SDK"));
         }
         let deadline = Instant::now() + Duration::from_secs_f64(self.record.file.handover.sync_s_max);
         attempt.state_bytes = self.send_segments(to)?;
@@ -419,7 +424,7 @@ impl Supervisor {
         loop {
             let step_ends = Instant::now() + VERIFY_STEP;
             while let Some(left) = step_ends.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-                self.pump(left, None);
+                self.pump_and_hear(left, None);
                 for (who, notice) in std::mem::take(&mut self.notices) {
                     match notice {
                         Notice::Closed if who == to && self.is_dead(to) => return Err(self.obituary(to)),
@@ -427,6 +432,9 @@ impl Supervisor {
                         _ => {}
                     }
                 }
+            }
+            if let Some(reason) = self.watch(to) {
+                return Err(Stop::new(format!("{to} {reason}")));
             }
             // A program without the SDK may have closed the channel it did not know.
             if attempt.rung < Rung::Fds && self.is_dead(to) {
@@ -485,10 +493,11 @@ impl Supervisor {
         if let Err(error) = self.journal.end(attempt.handover, to).and_then(|()| self.journal.rewrite(&self.record)) {
             tracing::error!("{}", with_causes(&error));
         }
+        attempt.lost.extend(self.stored_too_late(from, to));
         self.retire(from);
         let until = Instant::now() + COMMIT_WAIT;
         while self.members.contains_key(&from) && Instant::now() < until {
-            self.pump(Duration::from_millis(5), None);
+            self.pump_and_hear(Duration::from_millis(5), None);
             self.end_drained();
         }
         Ok(match self.members.contains_key(&from) {

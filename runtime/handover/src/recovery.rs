@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use warmswap_backend::{Backend, BackendError, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
+use warmswap_backend::{Backend, BackendError, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NOTIFY, NamedFd};
 use warmswap_model::{ConnectionCounts, Generation, HandoverReport, PerResource, Rung, Trigger, Verdict, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::control::{ControlView, ControlWord};
@@ -17,6 +18,7 @@ use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
+use crate::notify::{FdStore, NotifySocket, Spoken, WATCHDOG_USEC};
 use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor};
 
 impl Supervisor {
@@ -83,7 +85,7 @@ impl Supervisor {
     fn adopt(&mut self, container: &FoundContainer, kept: Kept) {
         let id = container.spec.id.clone();
         let generation = id.generation;
-        let Kept { channel, segments, rescued, word: _ } = kept;
+        let Kept { channel, segments, rescued, notify, stored, word: _ } = kept;
         if rescued {
             let trouble =
                 format!("the shim of {generation} was killed or hangs; the next handover gives the service a new one");
@@ -99,6 +101,8 @@ impl Supervisor {
             self.discard(generation);
             return;
         };
+        let watchdog = container.spec.env.get(WATCHDOG_USEC).and_then(|us| us.parse().ok()).map(Duration::from_micros);
+        self.stores.insert(generation, stored);
         // It greeted our predecessor, who wrote down what the owner said.
         let member = Member {
             image: container.spec.image.clone(),
@@ -110,6 +114,7 @@ impl Supervisor {
             informed: is_owner,
             closed: false,
             drain_until: None,
+            spoken: Spoken::new(notify, watchdog),
             id,
         };
         self.members.insert(generation, member);
@@ -241,6 +246,8 @@ struct Kept {
     channel: Option<SupervisorChannel>,
     segments: BTreeMap<u64, OwnedFd>,
     word: Option<ControlWord>,
+    notify: Option<NotifySocket>,
+    stored: FdStore,
     /// Taken from the container itself.
     rescued: bool,
 }
@@ -248,8 +255,11 @@ struct Kept {
 impl Kept {
     fn sort(fds: Vec<NamedFd>) -> Self {
         let mut kept = Self::default();
-        for NamedFd { name, fd } in fds {
-            if name == KEPT_CONTROL {
+        for named in fds {
+            let Some(NamedFd { name, fd }) = kept.stored.take_kept(named) else { continue };
+            if name == NOTIFY {
+                kept.notify = Some(NotifySocket::from_fd(fd));
+            } else if name == KEPT_CONTROL {
                 kept.channel = SupervisorChannel::from_fd(fd).ok();
             } else if name == GIVEN_CONTROL {
                 kept.rescued = true;

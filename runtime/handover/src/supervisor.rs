@@ -24,6 +24,7 @@ use crate::error::{HandoverError, LogTail};
 use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
 use crate::member::{Greeting, Member, MemberStatus, Role};
+use crate::notify::FdStore;
 
 /// Names in the descriptor store of a container.
 pub(crate) const KEPT_CONTROL: &str = "control";
@@ -80,6 +81,8 @@ pub struct Supervisor {
     pub(crate) segments: BTreeMap<u64, OwnedFd>,
     /// Cookies of the connections that followers hold duplicates of.
     pub(crate) connections: HashSet<u64>,
+    /// Descriptors that generations gave us to keep.
+    pub(crate) stores: BTreeMap<Generation, FdStore>,
     pub(crate) notices: VecDeque<(Generation, Notice)>,
     pub(crate) round: u64,
     /// An owner that died: its shim keeps the state until a successor owns.
@@ -145,6 +148,7 @@ impl Supervisor {
             lifeline: std::io::pipe().map_err(|source| HandoverError::System { action: "make a pipe", source })?,
             segments: BTreeMap::new(),
             connections: HashSet::new(),
+            stores: BTreeMap::new(),
             notices: VecDeque::new(),
             round: 0,
             fallen: None,
@@ -183,6 +187,7 @@ impl Supervisor {
             image: member.image.image.0.display().to_string(),
             cgroup: member.cgroup,
             cooperates: member.cooperates(),
+            says: member.spoken.in_words(),
         };
         self.members.values().map(status).collect()
     }
@@ -221,8 +226,10 @@ impl Supervisor {
     /// generations and revives a dead owner.
     pub fn tick(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
         let due = self.revive_at.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
-        self.pump(timeout.min(due), wake);
+        let due = self.watchdog_due().map_or(due, |watchdog| watchdog.min(due));
+        self.pump_and_hear(timeout.min(due), wake);
         self.notices.clear(); // between handovers nobody waits for any
+        self.watch_owner();
         self.end_drained();
         self.revive_owner();
     }
@@ -240,7 +247,7 @@ impl Supervisor {
         };
         for member in self.members.values() {
             // A program that wants to clean up gets the chance; SDK services have nothing to lose by SIGKILL.
-            if !member.cooperates() && self.backend.signal(&member.id, libc::SIGTERM).is_ok() {
+            if !member.cooperates() && self.backend.signal(&member.id, member.stop_signal()).is_ok() {
                 let _ = self.backend.wait(&member.id, Duration::from_secs(5));
             }
             note(self.backend.destroy(&member.id).map_err(Into::into));
@@ -249,6 +256,7 @@ impl Supervisor {
             note(self.backend.destroy(&self.container(fallen)).map_err(Into::into));
         }
         self.members.clear();
+        self.stores.clear();
         self.segments.clear();
         note(self.backend.close_service(&self.record.file.name).map_err(Into::into));
         note(Journal::remove(journal_path).map_err(Into::into));
@@ -363,6 +371,9 @@ impl Supervisor {
 
     /// What became of a generation whose channel closed.
     pub(crate) fn obituary(&self, generation: Generation) -> Stop {
+        if let Some(reason) = self.members.get(&generation).and_then(|member| member.spoken.given_up()) {
+            return Stop::new(format!("{generation} {reason}"));
+        }
         let id = self.container(generation);
         // The socket closes a moment before the exit status is there.
         match self.backend.wait(&id, Duration::from_millis(500)) {
@@ -375,6 +386,16 @@ impl Supervisor {
 
     /// Reads everything that has arrived, waiting up to `timeout` for the first.
     pub(crate) fn pump(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
+        self.pump_from(timeout, wake, false);
+    }
+
+    /// Also what programs say by the conventions of systemd, which nobody waits for in a blackout.
+    pub(crate) fn pump_and_hear(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
+        self.pump_from(timeout, wake, true);
+        self.hear_all();
+    }
+
+    fn pump_from(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>, hear: bool) {
         let generations: Vec<Generation> =
             self.members.iter().filter(|(_, member)| !member.closed).map(|(generation, _)| *generation).collect();
         {
@@ -384,6 +405,8 @@ impl Supervisor {
                 .map(|member| PollFd::new(member.channel.as_fd(), PollFlags::POLLIN))
                 .collect();
             polled.extend(wake.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            let spoken = self.members.values().filter(|_| hear).filter_map(|member| member.spoken.socket());
+            polled.extend(spoken.map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
             // Rounded up, or the last millisecond of a wait would spin.
             let ms = timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
             let _ = nix::poll::poll(&mut polled, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX));
