@@ -10,6 +10,7 @@ mod journal;
 mod lifecycle;
 mod member;
 mod notify;
+mod ports;
 mod priority;
 mod protocol;
 mod recovery;

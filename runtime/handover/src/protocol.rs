@@ -25,6 +25,7 @@ use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
 use crate::member::{Member, Role};
 use crate::notify::FdStore;
+use crate::ports::Ports;
 use crate::priority::Urgent;
 use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor};
 
@@ -178,14 +179,17 @@ impl Supervisor {
         let prepared = self.backend.prepare_image(&image).map_err(|error| Stop::new(with_causes(&error)))?;
         let limits = self.shadow_limits(plan.shadow_cpus.clone(), plan.reservation.memory);
         attempt.undo.push(Undo::DestroyShadow(attempt.to));
+        if self.ground.listeners.is_empty() {
+            attempt.ports = self.ports_of(attempt.from);
+        }
         let to = self.launch(prepared, &limits)?;
         debug_assert_eq!(to, attempt.to);
-        attempt.rung = self.rung(attempt.from, to)?;
+        attempt.rung = self.rung(attempt.from, to, &attempt.ports)?;
         Ok(format!("{to} ready, rung {}", attempt.rung))
     }
 
     /// How much the two generations can do together.
-    fn rung(&self, from: Generation, to: Generation) -> Result<Rung, Stop> {
+    fn rung(&self, from: Generation, to: Generation, ports: &Ports) -> Result<Rung, Stop> {
         let greeting = |generation| self.members.get(&generation).and_then(|member| member.greeting.as_ref());
         match (greeting(from), greeting(to)) {
             (Some(old), Some(new)) if new.schemas_read.contains(&old.schema_written) => {
@@ -198,8 +202,7 @@ impl Supervisor {
             (Some(_), None) => Err(Stop::new(format!(
                 "{to} does not link the warmswap SDK while {from} does: its connections and state would be lost"
             ))),
-            (None, _) if self.ground.listeners.is_empty() => Ok(Rung::None),
-            (None, _) => Ok(Rung::Listeners),
+            (None, _) => Ok(self.rung_of_a_stranger(ports)),
         }
     }
 
@@ -208,11 +211,7 @@ impl Supervisor {
         if attempt.rung < Rung::Fds {
             let stored = self.stores.get(&to).filter(|stored| !stored.is_empty());
             attempt.state_bytes = stored.map_or(0, FdStore::bytes);
-            let state = "state in memory does not move";
-            attempt.lost.push(stored.map_or_else(|| state.into(), |stored| format!("{state}, except for {stored}")));
-            if attempt.rung == Rung::Listeners {
-                attempt.lost.push(format!("connections established with {from} end when it has drained"));
-            }
+            attempt.lost = self.what_a_stranger_loses(attempt);
             let said = stored.map_or_else(|| "nothing to copy".into(), |stored| format!("{stored} passed on"));
             self.activate(plan, to);
             return Ok(format!("{said}: the program does not link the SDK"));
@@ -443,6 +442,13 @@ impl Supervisor {
             if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
                 return Err(Stop::new(reason));
             }
+            // Of a program that says nothing it is only known that it runs; until it listens there is nothing to judge.
+            if self.joined_no_port(attempt) {
+                if began.elapsed() < longest {
+                    continue;
+                }
+                return Err(Stop::new(format!("{to} listens at no port of {}: {}", attempt.from, attempt.ports)));
+            }
             attempt.after = self.conditions.measure(&self.record.file.name, stretch_began.elapsed());
             match self.conditions.judge(attempt.before.as_ref(), attempt.after.as_ref(), &limits) {
                 Judgement::Worse { certain: false, .. } if !doubted => {
@@ -494,6 +500,7 @@ impl Supervisor {
             tracing::error!("{}", with_causes(&error));
         }
         attempt.lost.extend(self.stored_too_late(from, to));
+        attempt.lost.extend(self.ports_left(attempt));
         self.retire(from);
         let until = Instant::now() + COMMIT_WAIT;
         while self.members.contains_key(&from) && Instant::now() < until {

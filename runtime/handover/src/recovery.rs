@@ -185,7 +185,11 @@ impl Supervisor {
             from_image: open.from_image.0.display().to_string(),
             to_image: open.image.0.display().to_string(),
             trigger: Trigger::Request,
-            rung: if self.record.greeting.is_some() { Rung::Full } else { Rung::Listeners },
+            rung: self
+                .record
+                .greeting
+                .as_ref()
+                .map_or_else(|| self.rung_of_a_stranger(&self.ports_of(open.from)), |_| Rung::Full),
             verdict,
             reason: Some(reason.to_owned()),
             lost: Vec::new(),

@@ -267,7 +267,9 @@ impl EmbeddedBackend {
     /// Whoever in the container may write to it; on the host only root gets to the folder.
     fn bind_notify(&self, id: &ContainerId, notify: &NamedFd) -> Result<()> {
         let folder = self.layout.notify_folder(id);
-        fs::DirBuilder::new().create(&folder).map_err(file_error("make the folder", &folder))?;
+        fs::create_dir(&folder)
+            .and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)))
+            .map_err(file_error("make the folder", &folder))?;
         let path = folder.join(NOTIFY_SOCKET);
         wire::bind_at(&folder, NOTIFY_SOCKET, notify.fd.as_fd())
             .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o666)))

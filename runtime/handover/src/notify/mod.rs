@@ -72,8 +72,10 @@ impl Spoken {
             self.second = (Instant::now(), 0, false);
         }
         let heard = self.socket()?.receive();
+        let heard = heard.inspect_err(|error| tracing::warn!("a notification socket cannot be read: {error}"));
+        let heard = heard.ok().flatten()?;
         self.second.1 += 1;
-        heard.inspect_err(|error| tracing::warn!("a notification socket cannot be read: {error}")).ok().flatten()
+        Some(heard)
     }
 
     /// Whether a warning may be given; one in a second.
