@@ -11,7 +11,7 @@ use crate::{Result, RootfsError, below, copy, create_folder, prepare};
 
 /// What no program needs to run.
 const LEFT_OUT: [&str; 5] =
-    ["/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/info/", "/usr/share/lintian/"];
+    ["/usr/share/doc", "/usr/share/man", "/usr/share/locale", "/usr/share/info", "/usr/share/lintian"];
 
 /// Makes `dest` a root file system with the files of these packages and of all that they depend on, as they are installed
 /// on this host: symbolic links stay links, folders that the host has merged are merged. What packages make when
@@ -31,9 +31,9 @@ pub fn pack_packages(packages: &[&str], dest: &Path) -> Result<()> {
     merge_folders(dest)?;
     prepare(dest)?;
     let wanted: Vec<&str> = wanted.iter().map(String::as_str).collect();
-    for line in dpkg(&[&["--listfiles"], &wanted[..]].concat())?.lines() {
+    for line in run("dpkg", &[&["--listfiles"], &wanted[..]].concat())?.lines() {
         // Others tell of diversions.
-        if line.starts_with('/') && !LEFT_OUT.iter().any(|folder| line.starts_with(folder)) {
+        if line.starts_with('/') && !LEFT_OUT.iter().any(|folder| Path::new(line).starts_with(folder)) {
             pack_file(Path::new(line), dest)?;
         }
     }
@@ -177,10 +177,6 @@ fn names(field: &str, separator: char) -> Vec<String> {
 /// `python3:any (>= 3.10~)` is `python3`.
 fn bare(name: &str) -> String {
     name.split([' ', '(', ':']).next().unwrap_or(name).to_owned()
-}
-
-fn dpkg(arguments: &[&str]) -> Result<String> {
-    run("dpkg", arguments)
 }
 
 fn run(program: &'static str, arguments: &[&str]) -> Result<String> {
