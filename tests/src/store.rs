@@ -27,9 +27,13 @@ pub struct Settings<'a> {
     pub image: &'a Path,
     /// Empty: what the image says.
     pub command: &'a [&'a str],
+    /// Lines before the first table.
+    pub top: &'a str,
     /// Lines of `[env]`.
     pub env: &'a str,
     pub memory_mb_max: f64,
+    /// Whether it is given the listener; if not, it may bind what it likes in its network namespace.
+    pub listens: bool,
     /// Lines of `[handover]`.
     pub handover: &'a str,
     /// Further tables.
@@ -39,7 +43,16 @@ pub struct Settings<'a> {
 impl<'a> Settings<'a> {
     #[must_use]
     pub fn new(image: &'a Path) -> Self {
-        Self { image, command: &["/bin/service"], env: "", memory_mb_max: 512.0, handover: LENIENT, more: "" }
+        Self {
+            image,
+            command: &["/bin/service"],
+            top: "",
+            env: "",
+            memory_mb_max: 512.0,
+            listens: true,
+            handover: LENIENT,
+            more: "",
+        }
     }
 }
 
@@ -134,14 +147,39 @@ impl Store {
     /// # Errors
     /// When it cannot be written.
     pub fn file(&self, name: &str, settings: &Settings<'_>) -> Result<PathBuf> {
-        let Settings { image, command, env, memory_mb_max, handover, more } = settings;
+        let Settings { image, command, top, env, memory_mb_max, listens, handover, more } = settings;
+        let listen = format!("[listen.resp]\naddress = \"{}\"\n", self.address);
+        let listen = if *listens { listen } else { String::new() };
         let command = if command.is_empty() { String::new() } else { format!("command = {command:?}\n") };
         let text = format!(
-            "name = \"{}\"\nimage = {image:?}\n{command}[env]\n{env}\n[listen.resp]\naddress = \"{}\"\n\
+            "name = \"{}\"\nimage = {image:?}\n{command}{top}\n[env]\n{env}\n{listen}\
              [resources]\nmemory_mb_max = {memory_mb_max}\n[handover]\n{handover}\n{more}\n",
-            self.name, self.address
+            self.name
         );
         self.ground.service_file(name, &text)
+    }
+
+    /// Does something in the network namespace of the service.
+    ///
+    /// # Errors
+    /// When there is no such namespace.
+    pub fn inside<T: Send>(&self, act: impl FnOnce() -> T + Send) -> Result<T> {
+        let path = self.netns();
+        let namespace = fs::File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        // A thread of its own, which takes the namespace with it when it ends.
+        std::thread::scope(|scope| {
+            let entered = scope.spawn(move || -> Result<T> {
+                nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).context("cannot enter it")?;
+                Ok(act())
+            });
+            entered.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// The network namespace of the service.
+    #[must_use]
+    pub fn netns(&self) -> PathBuf {
+        self.ground.run_dir().join("netns").join(self.name)
     }
 
     /// Updates to a version and waits for the end.

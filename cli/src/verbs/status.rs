@@ -93,7 +93,8 @@ pub(super) fn print_service(service: &ServiceStatus) {
             Role::Draining => "drains".into(),
         };
         let rung = if member.cooperates { "" } else { " (without the SDK)" };
-        say(&format!("{} {} {role}{rung}: {}{at}", service.name, member.generation, member.image));
+        let says = member.says.as_ref().map_or_else(String::new, |words| format!(", says {words:?}"));
+        say(&format!("{} {} {role}{rung}: {}{at}{says}", service.name, member.generation, member.image));
     }
     if let Some(trouble) = &service.trouble {
         say(&paint(Style::Bad, trouble));

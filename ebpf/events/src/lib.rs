@@ -44,7 +44,14 @@ pub mod map {
     pub const BLOCK_NEXT: &str = "BLOCK_NEXT";
     /// (message, subject) → how often; private to the probes.
     pub const SAID: &str = "SAID";
+    /// [`crate::PORT_SHARED`] and [`crate::PORT_REFUSED`] → how many sockets.
+    pub const PORTS: &str = "PORTS";
 }
+
+/// Sockets that share their port with whoever binds it too.
+pub const PORT_SHARED: u32 = 0;
+/// Sockets that the kernel did not let.
+pub const PORT_REFUSED: u32 = 1;
 
 /// Names of the read-only globals that the sensor sets before loading.
 pub mod global {

@@ -1,8 +1,8 @@
 //! The BPF programs, one file per class of events. What is frequent is counted here, in the kernel, per watched
 //! cgroup; what is rare is sent through one of two rings (see `warmswap-events`).
 //!
-//! Not here: any decision about what the numbers mean. No program changes what the kernel does; `cgroup_skb`
-//! programs always let the packet pass.
+//! Not here: any decision about what the numbers mean. No program changes what the kernel does, but for those in `ports`,
+//! which are no probes; `cgroup_skb` programs always let the packet pass.
 //!
 //! Rules of this crate: no helper and no map type newer than Linux 5.10; loops are bounded by small constants; struct
 //! offsets come from [`maps::LAYOUT`], never from a compile-time header; a field that is missing on a kernel
@@ -25,6 +25,8 @@ mod mark;
 mod memory;
 #[cfg(target_arch = "bpf")]
 mod network;
+#[cfg(target_arch = "bpf")]
+mod ports;
 #[cfg(target_arch = "bpf")]
 mod process;
 #[cfg(target_arch = "bpf")]

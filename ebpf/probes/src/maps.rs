@@ -30,6 +30,10 @@ pub(crate) static WATCHED: HashMap<u64, u32> = HashMap::with_max_entries(256, 0)
 #[map]
 pub(crate) static WATCHED_BLOCK: HashMap<u64, u32> = HashMap::with_max_entries(256, 0); // set at load
 
+/// What became of sockets in [`crate::ports`].
+#[map]
+pub(crate) static PORTS: Array<u64> = Array::with_max_entries(2, 0);
+
 /// Socket cookie → [`crate::network`]'s request state. Least recently used entries give way: a connection silent
 /// for long loses at most the role it had.
 #[map]

@@ -107,6 +107,16 @@ impl Conditions for AgentConditions {
         }
     }
 
+    fn ports_shared(&self, service: &ServiceName) -> Result<(), String> {
+        // Without it the kernel resets what waits in the queue of a listener that closes (Linux 5.14).
+        if !std::path::Path::new("/proc/sys/net/ipv4/tcp_migrate_req").exists() {
+            return Err(
+                "the kernel loses what waits at a port when one of two listeners closes (Linux 5.14 is needed)".into(),
+            );
+        }
+        self.shared.observatory.ports_shared(service)
+    }
+
     fn lease(&self, service: &ServiceName, reservation: &PerResource<f64>) -> Result<(), String> {
         let host = self.shared.backend.capacity().map_err(|error| error.to_string())?;
         let capacity = Capacity::of_host(host.cpus, host.memory_mb_available, host.memory_mb_total);

@@ -64,6 +64,8 @@ struct Watched {
     pending: Vec<Slice>,
     windows: VecDeque<FeatureWindow>,
     memory_mb: f64,
+    /// Why its programs cannot share the ports that they bind.
+    ports_unshared: Option<String>,
 }
 
 struct Inner {
@@ -104,11 +106,13 @@ impl Observatory {
             return;
         }
         if let Some(sensor) = sensor {
-            watched
-                .cgroups
-                .all()
-                .filter(|old| !cgroups.all().any(|new| new == *old))
-                .for_each(|old| sensor.unwatch(old));
+            watched.cgroups.all().filter(|old| !cgroups.all().any(|new| new == *old)).for_each(|old| {
+                sensor.unwatch(old);
+                sensor.unshare_ports(old);
+            });
+            // Before the first program of the service starts.
+            watched.ports_unshared =
+                cgroups.ground.and_then(|ground| sensor.share_ports(ground).err()).map(|error| error.to_string());
             for new in cgroups.all() {
                 if let Err(error) = sensor.watch(new) {
                     tracing::warn!("{service} is not fully watched: {error}");
@@ -122,7 +126,24 @@ impl Observatory {
         let mut inner = lock(&self.inner);
         let Inner { sensor, services, .. } = &mut *inner;
         if let (Some(watched), Some(sensor)) = (services.remove(service), sensor) {
-            watched.cgroups.all().for_each(|cgroup| sensor.unwatch(cgroup));
+            watched.cgroups.all().for_each(|cgroup| {
+                sensor.unwatch(cgroup);
+                sensor.unshare_ports(cgroup);
+            });
+        }
+    }
+
+    /// Whether programs of a service can share the ports that they bind, else why not.
+    pub(crate) fn ports_shared(&self, service: &ServiceName) -> Result<(), String> {
+        let inner = lock(&self.inner);
+        let sensor = inner.sensor.as_ref().ok_or("there are no probes here")?;
+        if let Some(reason) = inner.services.get(service).and_then(|watched| watched.ports_unshared.clone()) {
+            return Err(reason);
+        }
+        match sensor.ports_refused() {
+            Ok(0) => Ok(()),
+            Ok(_) => Err("the kernel does not let a bound port be shared (Linux 6.1 is needed)".into()),
+            Err(error) => Err(error.to_string()),
         }
     }
 

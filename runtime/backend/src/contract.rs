@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use warmswap_model::{CgroupId, Generation, ImageRef, Listen, ServiceName};
+use warmswap_model::{CgroupId, Generation, ImageRef, Listen, ServiceName, Signal};
 
 use crate::BackendError;
 
@@ -55,6 +55,9 @@ pub struct PreparedImage {
     pub working_dir: PathBuf,
     /// `user[:group]`, names or numbers, as in the image config.
     pub user: String,
+    /// With which the image wants its program to be told to end.
+    #[serde(default)]
+    pub stop_signal: Option<Signal>,
     /// Where the (read-only) layers lie, lowest first. One entry for a plain folder.
     pub layers: Vec<PathBuf>,
 }
@@ -121,6 +124,10 @@ pub struct ContainerUsage {
 /// Begins the names of memory files among [`Backend::kept_fds`].
 pub const MEMORY_FILE_PREFIX: &str = "memfd:";
 
+/// Name, among what is to be kept for a container, of an unbound unix datagram socket: [`Backend::create`] binds it where
+/// processes of the container reach it, and tells them where in `NOTIFY_SOCKET`.
+pub const NOTIFY: &str = "notify";
+
 /// A container that outlived its supervisor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FoundContainer {
@@ -153,7 +160,8 @@ pub trait Backend: Send + Sync {
     fn close_service(&self, service: &ServiceName) -> Result<()>;
 
     /// Creates a container that has not begun to run. `fds` become its descriptors 3, 4, … in this order.
-    /// `keep` are put into the container's descriptor store as if by [`Self::keep_fd`]. Returns its v2 cgroup.
+    /// `keep` are put into the container's descriptor store as if by [`Self::keep_fd`]; for the one that is called
+    /// [`NOTIFY`] see there. Returns its v2 cgroup.
     fn create(&self, spec: &ContainerSpec, fds: Vec<NamedFd>, keep: Vec<NamedFd>) -> Result<CgroupId>;
 
     fn start(&self, id: &ContainerId) -> Result<()>;
@@ -165,6 +173,9 @@ pub trait Backend: Send + Sync {
 
     /// To the first process of the container.
     fn signal(&self, id: &ContainerId, signal: i32) -> Result<()>;
+
+    /// Whether a process (by its number on the host) is one of the container's.
+    fn has_process(&self, id: &ContainerId, pid: i32) -> Result<bool>;
 
     /// Returns when every process of the container is confirmed frozen.
     fn freeze(&self, id: &ContainerId) -> Result<()>;

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,7 +18,8 @@ use std::time::{Duration, Instant};
 use warmswap_model::{CgroupId, ImageRef, Listen, ServiceName};
 
 use crate::cgroup::file_error;
-use crate::contract::{Backend, Result};
+use crate::contract::{Backend, NOTIFY, Result};
+use crate::layout::NOTIFY_INSIDE;
 use crate::process::ProcessId;
 use crate::{
     BackendError, ContainerId, ContainerSpec, ContainerState, ContainerUsage, FoundContainer, HostCapacity, Limits,
@@ -35,6 +37,7 @@ pub enum Call {
     State,
     Wait,
     Signal,
+    HasProcess,
     Freeze,
     Thaw,
     Usage,
@@ -252,7 +255,9 @@ impl Backend for FakeBackend {
         let _ = std::fs::remove_file(&log);
         let log = File::options().append(true).create(true).open(&log).map_err(file_error("make", &log))?;
         let (go_reader, go) = io::pipe().map_err(|error| failed(error.to_string()))?;
-        let child = Child::plan(spec, fds, log, go_reader.into()).map_err(failed)?;
+        let notify = keep.iter().find(|named| named.name == NOTIFY);
+        let notify = notify.map(|socket| bind_notify(spec, socket)).transpose().map_err(failed)?;
+        let child = Child::plan(spec, fds, log, go_reader.into(), notify.as_deref()).map_err(failed)?;
         let pid = child.fork().map_err(|error| failed(error.to_string()))?;
         let process = ProcessId::of(pid).ok_or_else(|| failed("it ended at once".to_owned()))?;
         let cgroup = inner.next_cgroup();
@@ -296,6 +301,12 @@ impl Backend for FakeBackend {
                 Err(BackendError::Runtime { action: "signal", id: id.clone(), problem })
             }
         }
+    }
+
+    fn has_process(&self, id: &ContainerId, pid: i32) -> Result<bool> {
+        let leader = self.enter(Call::HasProcess)?.get(id)?.process.pid;
+        // SAFETY: an integer, and no more than a number comes back.
+        Ok(unsafe { libc::getpgid(pid) } == leader)
     }
 
     fn freeze(&self, id: &ContainerId) -> Result<()> {
@@ -384,6 +395,19 @@ impl Backend for FakeBackend {
     }
 }
 
+/// Binds the socket below the root of the container, where others may run from the same folder; returns its path inside.
+fn bind_notify(spec: &ContainerSpec, socket: &NamedFd) -> std::result::Result<String, String> {
+    let root = spec.image.layers.last().ok_or("the image has no layers")?;
+    let name = format!("{}.{}", spec.id.service, spec.id.generation);
+    let folder = root.join(NOTIFY_INSIDE.trim_start_matches('/'));
+    let _ = std::fs::remove_file(folder.join(&name));
+    std::fs::create_dir_all(&folder)
+        .and_then(|()| crate::embedded::bind_at(&folder, &name, socket.fd.as_fd()))
+        .and_then(|()| std::fs::set_permissions(folder.join(&name), std::fs::Permissions::from_mode(0o666)))
+        .map_err(|error| format!("cannot bind its notification socket: {error}"))?;
+    Ok(format!("{NOTIFY_INSIDE}/{name}"))
+}
+
 /// Everything the child needs, allocated before the fork: after it only system calls are made, because other threads
 /// of the test may have held any lock.
 struct Child {
@@ -402,8 +426,13 @@ struct Child {
 }
 
 impl Child {
-    fn plan(spec: &ContainerSpec, fds: Vec<NamedFd>, log: File, go: OwnedFd) -> std::result::Result<Self, String> {
-        use std::os::fd::AsFd;
+    fn plan(
+        spec: &ContainerSpec,
+        fds: Vec<NamedFd>,
+        log: File,
+        go: OwnedFd,
+        notify: Option<&str>,
+    ) -> std::result::Result<Self, String> {
         let c = |bytes: &[u8]| CString::new(bytes).map_err(|_| "a text with a NUL byte".to_owned());
         let root = spec.image.layers.last().ok_or("the image has no layers")?;
         let args = spec.command.as_ref().unwrap_or(&spec.image.entrypoint);
@@ -424,7 +453,7 @@ impl Child {
             folder: c(spec.image.working_dir.as_os_str().as_bytes())?,
             program: c(program.as_bytes())?,
             args: args.iter().map(|arg| c(arg.as_bytes())).collect::<std::result::Result<_, _>>()?,
-            env: crate::embedded::environment(spec)
+            env: crate::embedded::environment(spec, notify)
                 .iter()
                 .map(|line| c(line.as_bytes()))
                 .collect::<std::result::Result<_, _>>()?,

@@ -7,6 +7,8 @@
 //!     spec.json                        what was asked for (ContainerSpec)
 //!     state.json                       who runs it (ShimRecord), replaced atomically
 //!     shim.sock                        the shim's socket, root only
+//!     notify/socket                    what the program says by the conventions of systemd; in the container it is
+//!                                      /run/warmswap/socket
 //!     shim.log                         what the shim itself has to say
 //!     rootfs/                          mount point, mounted only inside the shim's mount namespace
 //!     oci/                             libcontainer's own state
@@ -31,6 +33,11 @@ pub const RUN_DIR: &str = "/run/warmswap";
 pub const STATE_DIR: &str = "/var/lib/warmswap";
 /// Our folder in every cgroup hierarchy.
 pub(crate) const CGROUP: &str = "warmswap";
+
+/// In every container: the folder with the socket that its `NOTIFY_SOCKET` names.
+pub(crate) const NOTIFY_INSIDE: &str = "/run/warmswap";
+/// The socket in that folder.
+pub(crate) const NOTIFY_SOCKET: &str = "socket";
 
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {
@@ -60,6 +67,11 @@ impl Layout {
 
     pub(crate) fn container_run(&self, id: &ContainerId) -> PathBuf {
         self.containers_run().join(id.service.as_str()).join(id.generation.to_string())
+    }
+
+    /// Bound to [`NOTIFY_INSIDE`] in the container. Not there when nobody listens.
+    pub(crate) fn notify_folder(&self, id: &ContainerId) -> PathBuf {
+        self.container_run(id).join("notify")
     }
 
     pub(crate) fn container_state(&self, id: &ContainerId) -> PathBuf {

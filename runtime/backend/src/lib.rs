@@ -18,7 +18,7 @@ mod process;
 
 pub use contract::{
     Backend, ContainerId, ContainerSpec, ContainerState, ContainerUsage, FoundContainer, HostCapacity, Limits,
-    MEMORY_FILE_PREFIX, NamedFd, PreparedImage, Result, ServiceGround,
+    MEMORY_FILE_PREFIX, NOTIFY, NamedFd, PreparedImage, Result, ServiceGround,
 };
 pub use embedded::{EmbeddedBackend, EmbeddedConfig, internal_main, leftovers, purge};
 pub use error::BackendError;

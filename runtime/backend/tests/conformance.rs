@@ -16,10 +16,11 @@ use std::time::Duration;
 
 use support::{Host, LONG, id, log_with, prepare, script, service};
 use warmswap_backend::{
-    Backend, BackendError, ContainerId, ContainerState, FakeBackend, Limits, NamedFd, PreparedImage,
+    Backend, BackendError, ContainerId, ContainerState, FakeBackend, Limits, NOTIFY, NamedFd, PreparedImage,
 };
 use warmswap_model::{ImageRef, Listen, Transport};
 
+const NOTIFY_VARIABLE: &str = "NOTIFY_SOCKET";
 const KILLED: ContainerState = ContainerState::Exited { code: None, signal: Some(libc::SIGKILL) };
 
 fn exited(code: i32) -> ContainerState {
@@ -55,7 +56,7 @@ fn the_fake_back_end_conforms() {
 type Rule = fn(&Place<'_>);
 
 fn conformance(place: &Place<'_>) {
-    let rules: [(&str, Rule); 17] = [
+    let rules: [(&str, Rule); 18] = [
         ("the_host_has_something_to_give", the_host_has_something_to_give),
         ("listeners_are_opened_once_and_found_again", listeners_are_opened_once_and_found_again),
         ("sockets_of_every_kind_are_listeners", sockets_of_every_kind_are_listeners),
@@ -72,6 +73,7 @@ fn conformance(place: &Place<'_>) {
         ("usage_counts_cpu_time", usage_counts_cpu_time),
         ("limits_are_taken_at_any_time", limits_are_taken_at_any_time),
         ("kept_descriptors_outlive_the_container", kept_descriptors_outlive_the_container),
+        ("a_program_can_speak_and_is_known_by_its_number", a_program_can_speak_and_is_known_by_its_number),
         ("another_agent_finds_the_containers", another_agent_finds_the_containers),
         ("what_does_not_exist_is_said_to_be_missing", what_does_not_exist_is_said_to_be_missing),
         ("destroying_twice_is_no_error", destroying_twice_is_no_error),
@@ -492,6 +494,46 @@ fn kept_descriptors_outlive_the_container(place: &Place<'_>) {
     close(place, "keeps");
 }
 
+fn a_program_can_speak_and_is_known_by_its_number(place: &Place<'_>) {
+    open(place, "speaks");
+    let one = id("speaks", 1);
+    let ours = UnixDatagram::unbound().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let notify = NamedFd { name: NOTIFY.into(), fd: ours.try_clone().unwrap().into() };
+    let mut image = place.image.clone();
+    image.env.push(format!("{NOTIFY_VARIABLE}=/elsewhere"));
+    let text = format!("test -w ${NOTIFY_VARIABLE} && echo at=${NOTIFY_VARIABLE}; sleep 100 & wait");
+    place.backend.create(&script(&image, &one, &text), vec![], vec![notify]).unwrap();
+    place.backend.start(&one).unwrap();
+    let log = log_with(place.backend, &one, "at=");
+    let path = log.trim().trim_start_matches("at=");
+    let ContainerState::Running { pid } = place.backend.state(&one).unwrap() else { panic!("it runs") };
+    let theirs = UnixDatagram::unbound().unwrap();
+    theirs.send_to(b"READY=1", format!("/proc/{pid}/root{path}")).unwrap();
+    let kept = (place.again)().kept_fds(&one).unwrap();
+    assert_eq!(kept.iter().map(|named| named.name.as_str()).collect::<Vec<_>>(), [NOTIFY]);
+    drop(ours);
+    let ours = UnixDatagram::from(kept.into_iter().next().unwrap().fd);
+    let mut bytes = [0; 16];
+    let length = ours.recv(&mut bytes).unwrap();
+    assert_eq!(&bytes[..length], b"READY=1");
+
+    let pid = i32::try_from(pid).unwrap();
+    let child = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    for inside in [pid, child.trim().parse().unwrap()] {
+        assert!(place.backend.has_process(&one, inside).unwrap(), "{inside} is in it");
+    }
+    for outside in [1, i32::try_from(std::process::id()).unwrap()] {
+        assert!(!place.backend.has_process(&one, outside).unwrap(), "{outside} is not in it");
+    }
+    destroy(place, &one);
+    assert!(
+        !run(place, &one, &format!("echo at=${NOTIFY_VARIABLE}")).contains('/'),
+        "nobody listens, nobody is told to speak"
+    );
+    close(place, "speaks");
+}
+
 fn another_agent_finds_the_containers(place: &Place<'_>) {
     open(place, "found");
     let (running, ended) = (id("found", 1), id("found", 2));
@@ -528,6 +570,7 @@ fn what_does_not_exist_is_said_to_be_missing(place: &Place<'_>) {
         backend.state(&none).unwrap_err(),
         backend.wait(&none, Duration::ZERO).unwrap_err(),
         backend.signal(&none, libc::SIGTERM).unwrap_err(),
+        backend.has_process(&none, 1).unwrap_err(),
         backend.freeze(&none).unwrap_err(),
         backend.thaw(&none).unwrap_err(),
         backend.usage(&none).unwrap_err(),

@@ -98,7 +98,8 @@ fn layered(host: &Host) -> Image {
     image.run = json!({
         "Entrypoint": ["/bin/sh", "-c"],
         "Cmd": ["cd /; ls data opaque anew; cat data/second data/link; echo; id -u; echo $COLOUR; pwd; cd /made/here; pwd"],
-        "Env": ["COLOUR=green"], "User": "app", "WorkingDir": "/made/here"
+        "Env": ["COLOUR=green"], "User": "app", "WorkingDir": "/made/here",
+        "StopSignal": "SIGQUIT"
     });
     image
 }
@@ -115,6 +116,7 @@ fn a_saved_image_runs_as_its_config_says_and_its_whiteouts_hide() {
     let prepared = host.backend().prepare_image(&ImageRef(path)).unwrap();
     assert_eq!(prepared.digest, format!("sha256:{}", sha256(&image.config())));
     assert_eq!(prepared.layers.len(), 3);
+    assert_eq!(prepared.stop_signal, Some("SIGQUIT".parse().unwrap()));
     assert_eq!(run(&host, prepared), EXPECTED);
     assert_eq!(host.traces(), Vec::<String>::new());
 }

@@ -6,6 +6,8 @@ use warmswap_model::{
     Blackout, ConnectionCounts, Generation, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, StateMove,
 };
 
+use crate::ports::Ports;
+
 /// What must be put right, in reverse order, when a handover ends before PROMOTE. Undoing never fails for good: a step
 /// that cannot be undone is logged and the next one runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub(crate) struct Attempt {
     pub(crate) undo: Vec<Undo>,
     pub(crate) phases: Vec<PhaseTiming>,
     pub(crate) rung: Rung,
+    /// Where the old generation listened by itself before the new one began.
+    pub(crate) ports: Ports,
     pub(crate) blackouts: Vec<Blackout>,
     pub(crate) connections: ConnectionCounts,
     pub(crate) state: StateMove,
@@ -48,6 +52,7 @@ impl Attempt {
             undo: Vec::new(),
             phases: Vec::with_capacity(Phase::ALL.len()),
             rung: Rung::None,
+            ports: Ports::default(),
             blackouts: Vec::new(),
             connections: ConnectionCounts::default(),
             state: StateMove::None,

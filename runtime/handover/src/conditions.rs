@@ -43,6 +43,12 @@ pub trait Conditions: Send + Sync {
     /// The generations of a service, or their roles, have changed. `ground` is the cgroup that owns the sockets.
     fn watch(&self, service: &ServiceName, ground: CgroupId, members: &[MemberStatus]);
 
+    /// Whether a port that a program of the service binds by itself can be bound by its successor too, and no connection
+    /// that waits there is lost when one of them closes; else why not. Unless somebody sees to it, it cannot.
+    fn ports_shared(&self, _service: &ServiceName) -> Result<(), String> {
+        Err("nobody lets two programs share a port here".into())
+    }
+
     /// The shadow's reservation is promised (RESERVE) or refused with the reason in words.
     fn lease(&self, service: &ServiceName, reservation: &PerResource<f64>) -> Result<(), String>;
 

@@ -10,6 +10,8 @@ mod journal;
 mod lifecycle;
 mod member;
 mod moved;
+mod notify;
+mod ports;
 mod priority;
 mod protocol;
 mod recovery;

@@ -4,18 +4,19 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use warmswap_backend::{BackendError, ContainerSpec, ContainerState, Limits, NamedFd, PreparedImage};
-use warmswap_model::{Generation, with_causes};
+use warmswap_model::{Generation, Readiness, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
 
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
+use crate::notify::{self, NotifySocket, Spoken};
 use crate::steps::Step;
 use crate::supervisor::{
     GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Supervisor, describe_exit,
 };
 
-/// A program that has not spoken this long after its start does not link the SDK.
+/// A program that has not spoken this long after its start neither links the SDK nor says `READY=1`.
 const GREETING_TIME_MAX: Duration = Duration::from_secs(3);
 /// The same where the owner links it: its successor most likely does as well, and is only slow.
 const GREETING_TIME_MAX_EXPECTED: Duration = Duration::from_secs(10);
@@ -72,7 +73,12 @@ impl Supervisor {
         Ok(generation)
     }
 
-    fn create(&mut self, generation: Generation, image: PreparedImage, limits: &Limits) -> Result<(), HandoverError> {
+    fn create(
+        &mut self,
+        generation: Generation,
+        mut image: PreparedImage,
+        limits: &Limits,
+    ) -> Result<(), HandoverError> {
         let id = self.container(generation);
         let channel_error =
             |source| HandoverError::Channel { service: self.record.file.name.clone(), generation, source };
@@ -84,9 +90,22 @@ impl Supervisor {
         for listener in &self.ground.listeners {
             fds.push(NamedFd { name: listener.name.clone(), fd: duplicate(listener.fd.as_fd())? });
         }
+        let mut names: Vec<String> = fds.iter().map(|fd| fd.name.clone()).collect();
+        let mut keep = vec![
+            NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? },
+            NamedFd { name: KEPT_PAGE.into(), fd: duplicate(self.control.as_fd())? },
+            NamedFd { name: KEPT_OWNERSHIP.into(), fd: duplicate(self.ownership.as_fd())? },
+        ];
+        let heritage = self.heritage()?;
+        for stored in heritage.iter() {
+            names.push(stored.name.clone());
+            for given in [&mut fds, &mut keep] {
+                given.push(NamedFd { name: stored.kept_name(), fd: duplicate(stored.fd.as_fd())? });
+            }
+        }
         let mut env = self.record.file.env.clone();
+        env.extend(self.watchdog_env());
         if !fds.is_empty() {
-            let names: Vec<&str> = fds.iter().map(|fd| fd.name.as_str()).collect();
             env.insert("LISTEN_FDS".into(), fds.len().to_string());
             env.insert("LISTEN_FDNAMES".into(), names.join(":"));
             env.insert("LISTEN_PID".into(), "1".into());
@@ -97,11 +116,9 @@ impl Supervisor {
         env.insert("WARMSWAP_RESCUE_FD".into(), (3 + fds.len()).to_string());
         fds.push(NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? });
 
-        let mut keep = vec![
-            NamedFd { name: KEPT_CONTROL.into(), fd: duplicate(ours.as_fd())? },
-            NamedFd { name: KEPT_PAGE.into(), fd: duplicate(self.control.as_fd())? },
-            NamedFd { name: KEPT_OWNERSHIP.into(), fd: duplicate(self.ownership.as_fd())? },
-        ];
+        let socket = NotifySocket::new()
+            .map_err(|source| HandoverError::System { action: "make a notification socket", source })?;
+        keep.push(notify::kept(duplicate(socket.as_fd())?));
         for (index, segment) in &self.segments {
             keep.push(NamedFd { name: format!("{KEPT_SEGMENT}{index}"), fd: duplicate(segment.as_fd())? });
         }
@@ -113,6 +130,8 @@ impl Supervisor {
             ..limits.clone()
         };
         let command = self.record.file.command.clone();
+        // With the container, because a later service file may be of another program.
+        image.stop_signal = self.record.file.stop_signal.or(image.stop_signal);
         let spec = ContainerSpec { id: id.clone(), image: image.clone(), command, env, limits };
         self.steps.take(Step::Backend("create", generation));
         let cgroup = self.backend.create(&spec, fds, keep)?;
@@ -128,30 +147,36 @@ impl Supervisor {
             closed: false,
             garbled: 0,
             drain_until: None,
+            spoken: Spoken::new(Some(socket), self.watchdog()),
         };
         self.members.insert(generation, member);
+        self.stores.insert(generation, heritage);
         self.say_members();
         self.steps.take(Step::Backend("start", generation));
         self.backend.start(&id)?;
         Ok(())
     }
 
-    /// A program that links the SDK says when it is ready; any other counts as ready when it still runs after
-    /// [`GREETING_TIME_MAX`].
+    /// A program that links the SDK says when it is ready, as does one that follows the conventions of systemd; any other
+    /// counts as ready when it still runs after [`GREETING_TIME_MAX`].
     fn await_ready(&mut self, generation: Generation) -> Result<(), HandoverError> {
         let began = Instant::now();
         let warm_max = Duration::from_secs_f64(self.record.file.handover.warm_s_max);
         let expected = self.owner().and_then(|owner| self.members.get(&owner)).is_some_and(Member::cooperates);
         let greeting_max = if expected { GREETING_TIME_MAX_EXPECTED } else { GREETING_TIME_MAX };
         loop {
-            self.pump(Duration::from_millis(20), None);
+            self.pump_and_hear(Duration::from_millis(20), None);
             self.notices.retain(|(from, _)| *from != generation);
             let Some(member) = self.members.get(&generation) else {
                 return Err(self.generation_error(generation, "disappeared"));
             };
+            if let Some(reason) = member.spoken.given_up() {
+                return Err(self.generation_error(generation, reason));
+            }
             if member.ready {
                 return Ok(());
             }
+            let guess = self.record.file.ready == Readiness::Guess;
             let (greeted, closed) = (member.cooperates(), member.closed);
             if closed || !greeted {
                 match self.backend.state(&member.id)? {
@@ -161,8 +186,11 @@ impl Supervisor {
                     _ if closed && greeted => {
                         return Err(self.generation_error(generation, "closed its control channel while it started"));
                     }
-                    _ if !greeted && began.elapsed() >= greeting_max.min(warm_max) => {
-                        tracing::info!("{generation} of {} does not link the SDK", self.service());
+                    _ if guess && !greeted && began.elapsed() >= greeting_max.min(warm_max) => {
+                        tracing::info!("{generation} of {} says nothing; it counts as ready", self.service());
+                        if let Some(member) = self.members.get_mut(&generation) {
+                            member.spoken.begin_watch();
+                        }
                         return Ok(());
                     }
                     _ => {}
@@ -218,6 +246,7 @@ impl Supervisor {
             Err(error) => tracing::error!("cannot remove {id}: {}", with_causes(&error)),
         }
         self.members.remove(&generation);
+        self.stores.remove(&generation);
     }
 
     /// Tells a generation to finish; [`Self::tick`] removes it once it has, or when its time is over.
@@ -232,7 +261,7 @@ impl Supervisor {
             member.channel.send(&ToService::Retire { drain_ms }, &[]).map_err(|error| with_causes(&error))
         } else {
             self.steps.take(Step::Backend("end", generation));
-            self.backend.signal(&member.id, libc::SIGTERM).map_err(|error| with_causes(&error))
+            self.backend.signal(&member.id, member.stop_signal()).map_err(|error| with_causes(&error))
         };
         if let Err(problem) = told {
             tracing::info!("{generation} cannot be told to finish: {problem}");

@@ -6,6 +6,8 @@ use warmswap_backend::{ContainerId, PreparedImage};
 use warmswap_model::{CgroupId, Generation, StateMove};
 use warmswap_transfer::channel::SupervisorChannel;
 
+use crate::notify::Spoken;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -46,6 +48,8 @@ pub(crate) struct Member {
     /// Messages from it that nobody could understand.
     pub(crate) garbled: u32,
     pub(crate) drain_until: Option<Instant>,
+    /// What it said by the conventions of systemd.
+    pub(crate) spoken: Spoken,
 }
 
 impl Member {
@@ -68,4 +72,6 @@ pub struct MemberStatus {
     pub cgroup: CgroupId,
     /// It links the SDK: connections and state move with a handover.
     pub cooperates: bool,
+    /// What it says of itself by `sd_notify`.
+    pub says: Option<String>,
 }

@@ -25,6 +25,8 @@ use crate::attempt::{Attempt, Undo};
 use crate::conditions::{Judgement, Progress};
 use crate::member::{Member, Role};
 use crate::moved::{incompatible, little_between};
+use crate::notify::FdStore;
+use crate::ports::Ports;
 use crate::priority::Urgent;
 use crate::steps::Step;
 use crate::supervisor::{Notice, Stop, Supervisor};
@@ -198,16 +200,19 @@ impl Supervisor {
         let prepared = self.backend.prepare_image(&image).map_err(|error| Stop::new(with_causes(&error)))?;
         let limits = self.shadow_limits(plan.shadow_cpus.clone(), plan.reservation.memory);
         attempt.undo.push(Undo::DestroyShadow(attempt.to));
+        if self.ground.listeners.is_empty() {
+            attempt.ports = self.ports_of(attempt.from);
+        }
         let to = self.launch(prepared, &limits)?;
         debug_assert_eq!(to, attempt.to);
-        attempt.rung = self.rung(attempt.from, to)?;
+        attempt.rung = self.rung(attempt.from, to, &attempt.ports)?;
         attempt.state =
             self.greeting_of(attempt.from).filter(|_| attempt.rung == Rung::Full).map_or(StateMove::None, |g| g.state);
         Ok(format!("{to} ready, rung {}", attempt.rung))
     }
 
     /// How much the two generations can do together.
-    fn rung(&self, from: Generation, to: Generation) -> Result<Rung, Stop> {
+    fn rung(&self, from: Generation, to: Generation, ports: &Ports) -> Result<Rung, Stop> {
         let greeting = |generation| self.members.get(&generation).and_then(|member| member.greeting.as_ref());
         match (greeting(from), greeting(to)) {
             (Some(old), Some(new)) if new.schemas_read.contains(&old.schema_written) => {
@@ -224,20 +229,19 @@ impl Supervisor {
             (Some(_), None) => Err(Stop::new(format!(
                 "{to} does not link the warmswap SDK while {from} does: its connections and state would be lost"
             ))),
-            (None, _) if self.ground.listeners.is_empty() => Ok(Rung::None),
-            (None, _) => Ok(Rung::Listeners),
+            (None, _) => Ok(self.rung_of_a_stranger(ports)),
         }
     }
 
     fn sync(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<String, Stop> {
         let (from, to) = (attempt.from, attempt.to);
         if attempt.rung < Rung::Fds {
-            attempt.lost.push("state in memory does not move".into());
-            if attempt.rung == Rung::Listeners {
-                attempt.lost.push(format!("connections established with {from} end when it has drained"));
-            }
+            let stored = self.stores.get(&to).filter(|stored| !stored.is_empty());
+            attempt.state_bytes = stored.map_or(0, FdStore::bytes);
+            attempt.lost = self.what_a_stranger_loses(attempt);
+            let said = stored.map_or_else(|| "nothing to copy".into(), |stored| format!("{stored} passed on"));
             self.activate(plan, to);
-            return Ok("nothing to copy: the program does not link the SDK".into());
+            return Ok(format!("{said}: the program does not link the SDK"));
         }
         let deadline = Instant::now() + Duration::from_secs_f64(self.record.file.handover.sync_s_max);
         attempt.state_bytes = self.send_segments(to)?;
@@ -471,7 +475,7 @@ impl Supervisor {
         loop {
             let step_ends = Instant::now() + VERIFY_STEP;
             while let Some(left) = step_ends.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-                self.pump(left, None);
+                self.pump_and_hear(left, None);
                 for (who, notice) in std::mem::take(&mut self.notices) {
                     match notice {
                         Notice::Closed if who == to && self.is_dead(to) => return Err(self.obituary(to)),
@@ -479,6 +483,9 @@ impl Supervisor {
                         _ => {}
                     }
                 }
+            }
+            if let Some(reason) = self.watch(to) {
+                return Err(Stop::new(format!("{to} {reason}")));
             }
             // Asked again, because a channel closes a moment before it is known that its process has died; and a program
             // without the SDK may have closed the channel it did not know.
@@ -492,6 +499,13 @@ impl Supervisor {
             }
             if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
                 return Err(Stop::new(reason));
+            }
+            // Of a program that says nothing it is only known that it runs; until it listens there is nothing to judge.
+            if self.joined_no_port(attempt) {
+                if began.elapsed() < longest {
+                    continue;
+                }
+                return Err(Stop::new(format!("{to} listens at no port of {}: {}", attempt.from, attempt.ports)));
             }
             attempt.after = self.conditions.measure(&self.record.file.name, stretch_began.elapsed());
             match self.conditions.judge(attempt.before.as_ref(), attempt.after.as_ref(), &limits) {
@@ -541,10 +555,12 @@ impl Supervisor {
         self.remember_owner(to);
         self.last_trouble = None;
         self.end_in_journal(attempt.handover, to);
+        attempt.lost.extend(self.stored_too_late(from, to));
+        attempt.lost.extend(self.ports_left(attempt));
         self.retire(from);
         let until = Instant::now() + COMMIT_WAIT;
         while self.members.contains_key(&from) && Instant::now() < until {
-            self.pump(Duration::from_millis(5), None);
+            self.pump_and_hear(Duration::from_millis(5), None);
             self.end_drained();
         }
         Ok(match self.members.contains_key(&from) {

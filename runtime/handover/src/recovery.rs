@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use warmswap_backend::{Backend, BackendError, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NamedFd};
+use warmswap_backend::{Backend, BackendError, ContainerState, FoundContainer, MEMORY_FILE_PREFIX, NOTIFY, NamedFd};
 use warmswap_model::{
     ConnectionCounts, Generation, HandoverReport, PerResource, Rung, StateMove, Trigger, Verdict, with_causes,
 };
@@ -20,6 +21,7 @@ use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
+use crate::notify::{FdStore, NotifySocket, Spoken, WATCHDOG_USEC};
 use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Supervisor, pages};
 
 impl Supervisor {
@@ -86,7 +88,7 @@ impl Supervisor {
     fn adopt(&mut self, container: &FoundContainer, kept: Kept) {
         let id = container.spec.id.clone();
         let generation = id.generation;
-        let Kept { channel, segments, ownership, rescued, word: _ } = kept;
+        let Kept { channel, segments, ownership, rescued, notify, stored, word: _ } = kept;
         if let Some(ownership) = ownership {
             self.ownership = ownership; // the same for all of them
         }
@@ -105,6 +107,8 @@ impl Supervisor {
             self.discard(generation);
             return;
         };
+        let watchdog = container.spec.env.get(WATCHDOG_USEC).and_then(|us| us.parse().ok()).map(Duration::from_micros);
+        self.stores.insert(generation, stored);
         // It greeted our predecessor, who wrote down what the owner said.
         let member = Member {
             image: container.spec.image.clone(),
@@ -117,6 +121,7 @@ impl Supervisor {
             closed: false,
             garbled: 0,
             drain_until: None,
+            spoken: Spoken::new(notify, watchdog),
             id,
         };
         self.members.insert(generation, member);
@@ -198,7 +203,11 @@ impl Supervisor {
             from_image: open.from_image.0.display().to_string(),
             to_image: open.image.0.display().to_string(),
             trigger: Trigger::Request,
-            rung: if self.record.greeting.is_some() { Rung::Full } else { Rung::Listeners },
+            rung: self
+                .record
+                .greeting
+                .as_ref()
+                .map_or_else(|| self.rung_of_a_stranger(&self.ports_of(open.from)), |_| Rung::Full),
             verdict,
             reason: Some(reason.to_owned()),
             lost: Vec::new(),
@@ -263,6 +272,8 @@ struct Kept {
     segments: BTreeMap<u64, OwnedFd>,
     ownership: Option<OwnershipLock>,
     word: Option<ControlWord>,
+    notify: Option<NotifySocket>,
+    stored: FdStore,
     /// Taken from the container itself.
     rescued: bool,
 }
@@ -270,8 +281,11 @@ struct Kept {
 impl Kept {
     fn sort(fds: Vec<NamedFd>) -> Self {
         let mut kept = Self::default();
-        for NamedFd { name, fd } in fds {
-            if name == KEPT_CONTROL {
+        for named in fds {
+            let Some(NamedFd { name, fd }) = kept.stored.take_kept(named) else { continue };
+            if name == NOTIFY {
+                kept.notify = Some(NotifySocket::from_fd(fd));
+            } else if name == KEPT_CONTROL {
                 kept.channel = SupervisorChannel::from_fd(fd).ok();
             } else if name == GIVEN_CONTROL {
                 kept.rescued = true;

@@ -28,6 +28,7 @@ use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
 use crate::member::{Greeting, Member, MemberStatus, Role};
 use crate::moved::state_move;
+use crate::notify::FdStore;
 use crate::steps::{Step, Steps};
 
 /// Names in the descriptor store of a container.
@@ -91,6 +92,8 @@ pub struct Supervisor {
     pub(crate) segments: BTreeMap<u64, OwnedFd>,
     /// Cookies of the connections that followers hold duplicates of.
     pub(crate) connections: HashSet<u64>,
+    /// Descriptors that generations gave us to keep.
+    pub(crate) stores: BTreeMap<Generation, FdStore>,
     pub(crate) notices: VecDeque<(Generation, Notice)>,
     pub(crate) round: u64,
     pub(crate) steps: Steps,
@@ -167,6 +170,7 @@ impl Supervisor {
             lifeline: std::io::pipe().map_err(|source| HandoverError::System { action: "make a pipe", source })?,
             segments: BTreeMap::new(),
             connections: HashSet::new(),
+            stores: BTreeMap::new(),
             notices: VecDeque::new(),
             round: 0,
             steps: Steps::default(),
@@ -208,6 +212,7 @@ impl Supervisor {
             image: member.image.image.0.display().to_string(),
             cgroup: member.cgroup,
             cooperates: member.cooperates(),
+            says: member.spoken.in_words(),
         };
         self.members.values().map(status).collect()
     }
@@ -246,8 +251,10 @@ impl Supervisor {
     /// generations and revives a dead owner.
     pub fn tick(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
         let due = self.revive_at.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
-        self.pump(timeout.min(due), wake);
+        let due = self.watchdog_due().map_or(due, |watchdog| watchdog.min(due));
+        self.pump_and_hear(timeout.min(due), wake);
         self.notices.clear(); // between handovers nobody waits for any
+        self.watch_owner();
         self.end_drained();
         self.revive_owner();
     }
@@ -265,7 +272,7 @@ impl Supervisor {
         };
         for member in self.members.values() {
             // A program that wants to clean up gets the chance; SDK services have nothing to lose by SIGKILL.
-            if !member.cooperates() && self.backend.signal(&member.id, libc::SIGTERM).is_ok() {
+            if !member.cooperates() && self.backend.signal(&member.id, member.stop_signal()).is_ok() {
                 let _ = self.backend.wait(&member.id, Duration::from_secs(5));
             }
             note(self.backend.destroy(&member.id).map_err(Into::into));
@@ -274,6 +281,7 @@ impl Supervisor {
             note(self.backend.destroy(&self.container(fallen)).map_err(Into::into));
         }
         self.members.clear();
+        self.stores.clear();
         self.segments.clear();
         note(self.backend.close_service(&self.record.file.name).map_err(Into::into));
         note(Journal::remove(journal_path).map_err(Into::into));
@@ -409,6 +417,9 @@ impl Supervisor {
 
     /// What became of a generation whose channel closed.
     pub(crate) fn obituary(&self, generation: Generation) -> Stop {
+        if let Some(reason) = self.members.get(&generation).and_then(|member| member.spoken.given_up()) {
+            return Stop::new(format!("{generation} {reason}"));
+        }
         let id = self.container(generation);
         // The socket closes a moment before the exit status is there.
         match self.backend.wait(&id, Duration::from_millis(500)) {
@@ -421,6 +432,16 @@ impl Supervisor {
 
     /// Reads everything that has arrived, waiting up to `timeout` for the first.
     pub(crate) fn pump(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
+        self.pump_from(timeout, wake, false);
+    }
+
+    /// Also what programs say by the conventions of systemd, which nobody waits for in a blackout.
+    pub(crate) fn pump_and_hear(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
+        self.pump_from(timeout, wake, true);
+        self.hear_all();
+    }
+
+    fn pump_from(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>, hear: bool) {
         let generations: Vec<Generation> =
             self.members.iter().filter(|(_, member)| !member.closed).map(|(generation, _)| *generation).collect();
         {
@@ -430,6 +451,8 @@ impl Supervisor {
                 .map(|member| PollFd::new(member.channel.as_fd(), PollFlags::POLLIN))
                 .collect();
             polled.extend(wake.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            let spoken = self.members.values().filter(|_| hear).filter_map(|member| member.spoken.socket());
+            polled.extend(spoken.map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
             // Rounded up, or the last millisecond of a wait would spin.
             let ms = timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
             let _ = nix::poll::poll(&mut polled, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX));

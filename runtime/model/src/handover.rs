@@ -100,6 +100,9 @@ impl fmt::Display for Verdict {
 pub enum Rung {
     /// Stop, then start: clients see it.
     None,
+    /// The new generation binds the ports that the old one has bound; connections that wait there move, established ones
+    /// drain in the old generation; state does not move.
+    Ports,
     /// Listeners move; established connections drain in the old generation; state does not move.
     Listeners,
     /// Listeners and established connections move; state does not.
@@ -112,6 +115,7 @@ impl fmt::Display for Rung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::None => "none",
+            Self::Ports => "ports",
             Self::Listeners => "listeners",
             Self::Fds => "fds",
             Self::Full => "full",

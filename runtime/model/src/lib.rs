@@ -11,6 +11,7 @@ mod latency;
 mod listen;
 mod resource;
 mod service_file;
+mod signal;
 mod window;
 
 pub use causes::with_causes;
@@ -23,5 +24,8 @@ pub use id::{CgroupId, Generation, InvalidServiceName, ServiceName};
 pub use latency::LatencyHistogram;
 pub use listen::{InvalidListenAddress, Listen, ListenAddress, Network, Transport};
 pub use resource::{PerResource, Resource};
-pub use service_file::{Handover, ImageRef, Reserve, Resources, Schedule, ServiceFile, ServiceFileError};
+pub use service_file::{
+    Handover, ImageRef, Readiness, Reserve, Resources, Schedule, ServiceFile, ServiceFileError,
+};
+pub use signal::{InvalidSignal, Signal};
 pub use window::{FeatureWindow, ProbeCounts};

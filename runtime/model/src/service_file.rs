@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Listen, PerResource, ServiceName};
+use crate::{Listen, PerResource, ServiceName, Signal};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -19,6 +19,15 @@ pub struct ServiceFile {
     /// Replaces the image's entrypoint and command.
     #[serde(default)]
     pub command: Option<Vec<String>>,
+    /// When a program that does not link the SDK counts as ready.
+    #[serde(default)]
+    pub ready: Readiness,
+    /// Tells such a program to finish with the clients it has and end. `None`: what the image says, else SIGTERM.
+    #[serde(default)]
+    pub stop_signal: Option<Signal>,
+    /// A program that does not say `WATCHDOG=1` for so long is dead.
+    #[serde(default)]
+    pub watchdog_s: Option<f64>,
     /// Added to the image's environment.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
@@ -33,6 +42,17 @@ pub struct ServiceFile {
     pub handover: Handover,
     #[serde(default)]
     pub schedule: Schedule,
+}
+
+/// When a program that does not link the SDK counts as ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Readiness {
+    /// When it says `READY=1`, or has run for three seconds without a word.
+    #[default]
+    Guess,
+    /// When it says `READY=1`.
+    Notify,
 }
 
 /// Where an image lies. Kept as written until resolved against the folder of the service file.
@@ -219,6 +239,9 @@ impl ServiceFile {
         if !(0.0..=1.0).contains(&handover.throughput_ratio_min) {
             return Err(("throughput_ratio_min", format!("{} is not within 0 to 1", handover.throughput_ratio_min)));
         }
+        if let Some(watchdog_s) = self.watchdog_s {
+            positive("watchdog_s", watchdog_s)?;
+        }
         if self.command.as_ref().is_some_and(Vec::is_empty) {
             return Err(("command", "an empty list names no program".into()));
         }
@@ -350,6 +373,9 @@ mod tests {
                 7,
                 "mode",
             ),
+            ("name = \"s\"\nimage = \"x\"\nstop_signal = \"SIGNONE\"\n", 3, "SIGNONE"),
+            ("name = \"s\"\nimage = \"x\"\nwatchdog_s = 0\n", 3, "watchdog_s"),
+            ("name = \"s\"\nimage = \"x\"\nready = \"soon\"\n", 3, "ready"),
             ("name = \"s\"\n", 1, "image"),
             ("name = ", 1, ""),
         ];

@@ -12,6 +12,8 @@ pub(crate) enum Hook {
     /// Packets arriving at, or leaving, any socket below the root of the v2 hierarchy.
     Ingress,
     Egress,
+    /// A program of a service that binds a port. No probe, but loaded and reported like one.
+    Bind,
     /// No program of its own: a part of another one, switched off by itself when the kernel lacks a field.
     PartOf(&'static str),
 }
@@ -247,13 +249,29 @@ pub(crate) const PROBES: &[Probe] = &[
             with(cgroup_of_sock(l), vec![sock])
         },
     },
+    Probe {
+        name: "ports-v4",
+        program: |_| "share_port_v4",
+        typed: None,
+        class: "ports",
+        hook: Hook::Bind,
+        needs: none,
+    },
+    Probe {
+        name: "ports-v6",
+        program: |_| "share_port_v6",
+        typed: None,
+        class: "ports",
+        hook: Hook::Bind,
+        needs: none,
+    },
 ];
 
 /// A probe and what became of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ProbeStatus {
     pub name: &'static str,
-    /// What it is about: processes, system calls, cpu, memory, disk, network, input, handover.
+    /// What it is about: processes, system calls, cpu, memory, disk, network, input, handover, ports.
     pub class: &'static str,
     /// Where it attaches, or what it is a part of.
     pub hook: String,

@@ -37,6 +37,8 @@ pub enum SensorError {
     },
     #[error("cannot watch cgroup {cgroup}: all {watched_max} places are taken; raise `watched_max`")]
     TooManyWatched { cgroup: CgroupId, watched_max: u32 },
+    #[error("programs of cgroup {cgroup} cannot share their ports: {problem}")]
+    Ports { cgroup: CgroupId, problem: String },
     #[error("{what} = {value} is not usable: {range}")]
     Config { what: &'static str, value: u64, range: &'static str },
     #[error("cannot read what the probes say")]

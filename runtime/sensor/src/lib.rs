@@ -23,6 +23,7 @@ mod host;
 mod layout;
 mod load;
 mod mapped;
+mod ports;
 mod probe_log;
 mod ring;
 mod windows;
@@ -50,6 +51,7 @@ pub use windows::DiskSource;
 use account::Tally;
 use drain::{Drain, Sources};
 use load::Loaded;
+use ports::Ports;
 use windows::Watched;
 
 pub type Result<T> = std::result::Result<T, SensorError>;
@@ -117,6 +119,7 @@ pub struct Sensor {
     config: SensorConfig,
     mounts: CgroupMounts,
     loaded: Loaded,
+    ports: Ports,
     watched: Vec<Watched>,
     /// Slots nobody has, the longest unused first: a probe that looked a slot up before it was given back is long
     /// done when it is given out again.
@@ -137,7 +140,16 @@ impl Sensor {
         });
         let loaded = load::load(&config, &mounts)?;
         let free = (1..=config.watched_max).collect();
-        Ok(Self { drain: None, config, mounts, loaded, watched: Vec::new(), free, tally: Arc::default() })
+        Ok(Self {
+            drain: None,
+            config,
+            mounts,
+            loaded,
+            ports: Ports::default(),
+            watched: Vec::new(),
+            free,
+            tally: Arc::default(),
+        })
     }
 
     /// Every probe, and why it is off when it is.

@@ -29,7 +29,7 @@ pub(crate) struct Wanted<'a> {
 /// The loaded object with its maps. Dropping it detaches and unloads everything.
 pub(crate) struct Loaded {
     // Dropped first: links and programs go before the maps they use.
-    _object: Ebpf,
+    pub(crate) object: Ebpf,
     pub(crate) probes: Vec<ProbeStatus>,
     pub(crate) cpus: usize,
     pub(crate) counters: MappedArray<Counters>,
@@ -120,7 +120,7 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         urgent: Some(ring(&mut object, map::RING_URGENT, RING_URGENT_BYTES)?),
         bulk: Some(ring(&mut object, map::RING_BULK, config.bulk_ring_bytes)?),
         log: if log { Some(ProbeLog::of(&mut object)?) } else { None },
-        _object: object,
+        object,
     })
 }
 
@@ -168,6 +168,7 @@ fn attach_all(
             Hook::Tracepoint(name) => format!("raw tracepoint {name}"),
             Hook::Ingress => "cgroup_skb ingress".to_owned(),
             Hook::Egress => "cgroup_skb egress".to_owned(),
+            Hook::Bind => "cgroup bind, of services".to_owned(),
             Hook::PartOf(whole) => format!("part of {whole}"),
         };
         if let Err(reason) = &result {
@@ -240,6 +241,8 @@ fn attach(
         (Hook::Tracepoint(name), Program::RawTracePoint(program)) => attach_tracepoint(program, name),
         (Hook::Ingress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Ingress),
         (Hook::Egress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Egress),
+        // To a service, when there is one.
+        (Hook::Bind, Program::CgroupSockAddr(program)) => program.load().map_err(|error| refusal(&error)),
         _ => Err(format!("the object's {name} is a program of another type")),
     }
 }
@@ -258,7 +261,7 @@ fn attach_packets(program: &mut CgroupSkb, mounts: &CgroupMounts, way: CgroupSkb
 }
 
 /// The kernel's answer in one line: the last words of the verifier are the ones that say why.
-fn refusal(error: &ProgramError) -> String {
+pub(crate) fn refusal(error: &ProgramError) -> String {
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();

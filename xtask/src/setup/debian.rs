@@ -13,7 +13,7 @@ use crate::run;
 /// Package, a program that proves it is usable, why it is needed.
 /// Kept short: each entry is a minute of somebody's time. A C compiler is not among them: without one xtask itself
 /// could not have been built.
-const PACKAGES: [(&str, &str, &str); 5] = [
+const PACKAGES: [(&str, &str, &str); 9] = [
     (
         "redis-tools",
         "redis-benchmark",
@@ -25,7 +25,15 @@ const PACKAGES: [(&str, &str, &str); 5] = [
     // Not docker.io and criu, the benchmark's other peers: the one starts a daemon and changes the packet filter, the
     // other does not work on newer kernels.
     ("runc", "runc", "the benchmark compares handovers with restarts under it"),
+    ("wrk", "wrk", "is the client of the servers that we did not write"),
+    ("gunicorn", "gunicorn", "is a server that we did not write: tests update it in a container of its own"),
+    ("haproxy", "haproxy", "is another, which drains in its own way"),
+    ("lighttpd", "lighttpd", "is another, which says nothing about itself"),
 ];
+/// Their packages would start a server on the user's machine, now and whenever it starts.
+const SERVERS: [&str; 2] = ["haproxy", "lighttpd"];
+/// Asked by every package before it starts a server; 101 means no.
+const POLICY: &str = "/usr/sbin/policy-rc.d";
 
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(900);
 const LOCK_WAIT_STEP: Duration = Duration::from_secs(5);
@@ -84,7 +92,11 @@ fn install_packages() -> Result<usize> {
         eprintln!("setup: {error:#}; trying with the package lists that are there");
     }
     let install = ["install", "--yes", "--no-install-recommends", "--quiet=1"];
-    apt(&root, "apt-get", &[&install[..], &names].concat()).with_context(|| by_hand.clone())?;
+    let servers: Vec<&str> = SERVERS.into_iter().filter(|server| names.contains(server)).collect();
+    let quiet = NothingStarts::begin(&root, &servers)?;
+    let done = apt(&root, "apt-get", &[&install[..], &names].concat()).with_context(|| by_hand.clone());
+    quiet.end()?;
+    done?;
 
     let installed = missing.len();
     missing = self::missing();
@@ -92,6 +104,45 @@ fn install_packages() -> Result<usize> {
         bail!("{package} was installed but {proof} is still not there; is its folder on PATH?");
     }
     Ok(installed)
+}
+
+/// While it lasts, packages start no servers.
+struct NothingStarts<'a> {
+    root: &'a [&'static str],
+    servers: &'a [&'static str],
+    policy_is_ours: bool,
+}
+
+impl<'a> NothingStarts<'a> {
+    fn begin(root: &'a [&'static str], servers: &'a [&'static str]) -> Result<Self> {
+        let policy_is_ours = !servers.is_empty() && !Path::new(POLICY).exists();
+        if policy_is_ours {
+            let script = format!("printf '#!/bin/sh\\nexit 101\\n' >{POLICY} && chmod 755 {POLICY}");
+            as_root_do(root, &["sh", "-c", &script])?;
+        }
+        Ok(Self { root, servers, policy_is_ours })
+    }
+
+    fn end(self) -> Result<()> {
+        if self.policy_is_ours {
+            as_root_do(self.root, &["rm", "-f", POLICY])?;
+        }
+        let disable = [&["systemctl", "disable", "--quiet"], self.servers].concat();
+        if !self.servers.is_empty() && run::on_path("systemctl") {
+            as_root_do(self.root, &disable)?;
+        }
+        Ok(())
+    }
+}
+
+fn as_root_do(root: &[&'static str], words: &[&str]) -> Result<()> {
+    let words = [root, words].concat();
+    let output = Command::new(words[0]).args(&words[1..]).output();
+    let output = output.with_context(|| format!("cannot run {}", words.join(" ")))?;
+    if !output.status.success() {
+        bail!("`{}` failed: {}", words.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
 }
 
 /// A program that is there counts, whoever installed it; a package that dpkg calls installed but whose program is

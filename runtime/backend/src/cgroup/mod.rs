@@ -204,9 +204,14 @@ impl<'a> Group<'a> {
         self.hierarchies.roots().into_iter().map(open).collect()
     }
 
-    /// Whether a process is in the v2 group or below it.
+    /// Whether any process is in the v2 group or below it.
     pub(crate) fn is_populated(&self) -> bool {
         event(&self.v2(), "populated") == Some(true)
+    }
+
+    /// Whether a process is in the v2 group or below it.
+    pub(crate) fn has_process(&self, pid: i32) -> bool {
+        lists(&self.v2(), &pid.to_string())
     }
 
     /// Freezes or thaws; returns when the kernel confirms it.
@@ -279,6 +284,15 @@ impl<'a> Group<'a> {
 /// Puts a process into the groups whose `cgroup.procs` files these are.
 pub(crate) fn attach(procs: &[fs::File], pid: i32) -> io::Result<()> {
     procs.iter().try_for_each(|mut file| io::Write::write_all(&mut file, pid.to_string().as_bytes()))
+}
+
+/// Whether a process is in the group of this folder or below it.
+fn lists(folder: &Path, pid: &str) -> bool {
+    fs::read_to_string(folder.join("cgroup.procs")).is_ok_and(|procs| procs.lines().any(|line| line == pid))
+        || crate::layout::folder_names(folder)
+            .into_iter()
+            .map(|name| folder.join(name))
+            .any(|child| child.is_dir() && lists(&child, pid))
 }
 
 /// For kernels before 5.14, which have no `cgroup.kill`.

@@ -181,6 +181,9 @@ fn enter_netns(path: &Path) -> io::Result<()> {
     fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
     unshare(CloneFlags::CLONE_NEWNET)?;
     loopback_up()?;
+    // A program that binds its own port is followed by one that binds it too; what waits at the port moves then. Kernels
+    // before 5.14 do not know it.
+    let _ = fs::write("/proc/sys/net/ipv4/tcp_migrate_req", "1");
     mount(Some("/proc/self/ns/net"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     Ok(())
 }

@@ -22,12 +22,14 @@ pub(crate) use oci::environment;
 use service::remove_netns;
 pub(crate) use sockets::remove_all as remove_sockets;
 pub(crate) use user::identity;
+pub(crate) use wire::bind_at;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -40,10 +42,10 @@ use warmswap_model::{CgroupId, Generation, ImageRef, Listen, ServiceName};
 
 use crate::cgroup::{Group, Hierarchies, file_error, read_usage, write_limits};
 use crate::contract::{Backend, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, NOTIFY_SOCKET};
 use crate::{
     BackendError, ContainerId, ContainerSpec, ContainerState, ContainerUsage, FoundContainer, HostCapacity, Limits,
-    NamedFd, PreparedImage, ServiceGround,
+    NOTIFY, NamedFd, PreparedImage, ServiceGround,
 };
 use wire::{BootFds, Channel, FDS_MAX, Reply, Request, ShimRecord};
 
@@ -233,6 +235,9 @@ impl EmbeddedBackend {
             let fd = listener.fd.try_clone().map_err(failed)?;
             keep.push(NamedFd { name: format!("{LISTENER_PREFIX}{}", listener.name), fd });
         }
+        if let Some(notify) = keep.iter().find(|named| named.name == NOTIFY) {
+            self.bind_notify(id, notify)?;
+        }
         let log = folder.join("shim.log");
         let stderr = fs::File::create(&log).map_err(file_error("make", &log))?;
         self.shim_group(id).create_v2()?;
@@ -260,6 +265,18 @@ impl EmbeddedBackend {
             Reply::Failed { problem } => Err(BackendError::Runtime { action: "create", id: id.clone(), problem }),
             other => Err(unexpected("create", id, &other)),
         }
+    }
+
+    /// Whoever in the container may write to it; on the host only root gets to the folder.
+    fn bind_notify(&self, id: &ContainerId, notify: &NamedFd) -> Result<()> {
+        let folder = self.layout.notify_folder(id);
+        fs::create_dir(&folder)
+            .and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)))
+            .map_err(file_error("make the folder", &folder))?;
+        let path = folder.join(NOTIFY_SOCKET);
+        wire::bind_at(&folder, NOTIFY_SOCKET, notify.fd.as_fd())
+            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o666)))
+            .map_err(file_error("make the socket", &path))
     }
 
     fn remove_old_logs(&self, id: &ContainerId) {
@@ -304,7 +321,7 @@ impl Backend for EmbeddedBackend {
         if let Some(parent) = folder.parent() {
             fs::create_dir_all(parent).map_err(file_error("make the folder", parent))?;
         }
-        match fs::create_dir(&folder) {
+        match fs::DirBuilder::new().mode(0o700).create(&folder) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(BackendError::ContainerExists { id: spec.id.clone() });
@@ -362,6 +379,11 @@ impl Backend for EmbeddedBackend {
             Some(Err(error)) => Err(failed(error.to_string())),
             Some(Ok(false)) | None => Err(failed("it has ended".to_owned())),
         }
+    }
+
+    fn has_process(&self, id: &ContainerId, pid: i32) -> Result<bool> {
+        self.must_exist(id)?;
+        Ok(self.group(id).has_process(pid))
     }
 
     fn freeze(&self, id: &ContainerId) -> Result<()> {

@@ -153,7 +153,9 @@ fn create(layout: &Layout, id: &ContainerId, boot: &Channel, files_max: u64) -> 
     crate::inside::make_folder_inside(root_fd.as_fd(), &spec.image.working_dir)
         .map_err(|error| format!("cannot make the working folder {}: {error}", spec.image.working_dir.display()))?;
     drop(root_fd);
-    let config = oci::config(&spec, &identity, &layout.netns(&id.service), &cgroup, files_max);
+    let notify = Some(layout.notify_folder(id)).filter(|folder| folder.is_dir());
+    let netns = layout.netns(&id.service);
+    let config = oci::config(&spec, &identity, &netns, &cgroup, files_max, notify.as_deref());
     super::write_json(&folder.join("config.json"), &config).map_err(|error| with_causes(&error))?;
     let log = open_log(&shim.log).map_err(|error| format!("cannot open the log {}: {error}", shim.log.display()))?;
 

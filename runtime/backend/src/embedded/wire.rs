@@ -16,6 +16,8 @@ use warmswap_model::{Listen, ServiceName};
 
 use crate::{ContainerId, ContainerState};
 
+/// The shim's socket in the runtime folder of its container.
+const SHIM_SOCKET: &str = "shim.sock";
 /// The longest message, in bytes.
 const MESSAGE_MAX: usize = 64 * 1024;
 /// Descriptors in one message (the kernel takes up to 253).
@@ -125,7 +127,7 @@ impl Channel {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
         let channel = Self { fd };
         channel.set_timeout(timeout)?;
-        with_short_path(folder, |path| Ok(connect(channel.fd.as_raw_fd(), &UnixAddr::new(path)?)?))?;
+        with_short_path(folder, SHIM_SOCKET, |path| Ok(connect(channel.fd.as_raw_fd(), &UnixAddr::new(path)?)?))?;
         Ok(channel)
     }
 
@@ -209,17 +211,22 @@ impl Channel {
 /// The listening socket of a shim.
 pub(crate) fn listen_at(folder: &Path) -> io::Result<OwnedFd> {
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
-    with_short_path(folder, |path| Ok(bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?))?;
+    bind_at(folder, SHIM_SOCKET, fd.as_fd())?;
     listen(&fd, Backlog::new(64)?)?;
     Ok(fd)
 }
 
+/// Gives a unix socket the address of a file in this folder.
+pub(crate) fn bind_at(folder: &Path, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+    with_short_path(folder, name, |path| Ok(bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?))
+}
+
 /// A socket address holds 107 bytes of path and a run folder may be longer, so the folder is opened and named
 /// through its descriptor.
-fn with_short_path<T>(folder: &Path, f: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+fn with_short_path<T>(folder: &Path, name: &str, f: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
     use std::os::unix::fs::OpenOptionsExt;
     let dir = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(folder)?;
-    f(Path::new(&format!("/proc/self/fd/{}/shim.sock", dir.as_raw_fd())))
+    f(Path::new(&format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())))
 }
 
 /// What a shim writes down about itself, so that its container can be found and ended without it.

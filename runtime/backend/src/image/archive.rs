@@ -69,6 +69,7 @@ struct Run {
     env: Option<Vec<String>>,
     user: Option<String>,
     working_dir: Option<PathBuf>,
+    stop_signal: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -172,6 +173,7 @@ fn prepare(image: &ImageRef, source: &Source, folder: &Path) -> Result<PreparedI
         env: run.env.unwrap_or_default(),
         working_dir: run.working_dir.filter(|dir| dir.is_absolute()).unwrap_or_else(|| "/".into()),
         user: run.user.unwrap_or_default(),
+        stop_signal: run.stop_signal.and_then(|name| name.parse().ok()),
         layers,
     })
 }

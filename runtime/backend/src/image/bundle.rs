@@ -58,6 +58,7 @@ pub(super) fn prepare(image: &ImageRef, path: &Path) -> Result<PreparedImage, Pr
         env: config.process.env,
         working_dir: config.process.cwd,
         user: format!("{}:{}", config.process.user.uid, config.process.user.gid),
+        stop_signal: None,
         layers: vec![root],
     })
 }

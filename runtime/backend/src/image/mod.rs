@@ -99,6 +99,7 @@ fn prepare_folder(image: &ImageRef, path: &Path) -> std::result::Result<Prepared
         env: Vec::new(),
         working_dir: "/".into(),
         user: String::new(),
+        stop_signal: None,
         layers: vec![path.to_owned()],
     })
 }
