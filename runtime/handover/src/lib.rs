@@ -18,6 +18,7 @@ mod recovery;
 mod steps;
 mod succession;
 mod supervisor;
+mod verify;
 
 pub use conditions::{Conditions, Judgement, Progress};
 pub use error::{HandoverError, LogTail};

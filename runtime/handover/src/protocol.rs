@@ -33,12 +33,8 @@ use crate::supervisor::{Notice, Stop, Supervisor};
 
 /// How far back "before" reaches.
 const BASELINE: Duration = Duration::from_secs(10);
-/// How often VERIFY looks.
-const VERIFY_STEP: Duration = Duration::from_millis(200);
 /// Share of CPU of a shadow that is about to serve, against 100 for one that does: in the blackout it waits for nobody.
 const SWITCH_CPU_WEIGHT: u32 = 1000;
-/// VERIFY ends after this many times its shortest duration, whatever was seen.
-const VERIFY_STRETCH: f64 = 10.0;
 /// SYNC repeats until a round adds nothing, at most this often.
 const SYNC_ROUNDS_MAX: u32 = 16;
 /// How long a generation that is worse than the old one may take to hand back. Far above the usual budget: it may be slow
@@ -280,7 +276,7 @@ impl Supervisor {
     }
 
     /// Where a generation is, once it has got to `commit`.
-    fn ask_caught_up(
+    pub(crate) fn ask_caught_up(
         &mut self,
         side: Generation,
         commit: Option<Commit>,
@@ -305,7 +301,7 @@ impl Supervisor {
     }
 
     /// A share of the CPU like any other service's, after the switch.
-    fn settle_down(&self, owner: Generation) {
+    pub(crate) fn settle_down(&self, owner: Generation) {
         self.limit(owner, &self.owner_limits(None));
     }
 
@@ -461,69 +457,6 @@ impl Supervisor {
             return Err(after(Stop::new(reason)));
         }
         Ok(SwitchTimes { told, yielded, checked, owned, connections_open, connections_adopted })
-    }
-
-    fn verify(&mut self, attempt: &mut Attempt) -> Result<String, Stop> {
-        let to = attempt.to;
-        self.settle_down(to);
-        let began = Instant::now();
-        let limits = self.record.file.handover;
-        let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);
-        let mut stretch_began = began;
-        let mut doubted = false;
-        let mut stopped = false;
-        loop {
-            let step_ends = Instant::now() + VERIFY_STEP;
-            while let Some(left) = step_ends.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-                self.pump_and_hear(left, None);
-                for (who, notice) in std::mem::take(&mut self.notices) {
-                    match notice {
-                        Notice::Closed if who == to && self.is_dead(to) => return Err(self.obituary(to)),
-                        Notice::Failed { what } if who == to => return Err(Stop::new(format!("{to} failed: {what}"))),
-                        _ => {}
-                    }
-                }
-            }
-            if let Some(reason) = self.watch(to) {
-                return Err(Stop::new(format!("{to} {reason}")));
-            }
-            // Asked again, because a channel closes a moment before it is known that its process has died; and a program
-            // without the SDK may have closed the channel it did not know.
-            let closed = self.members.get(&to).is_none_or(|member| member.closed);
-            if (closed || attempt.rung < Rung::Fds) && self.is_dead(to) {
-                return Err(self.obituary(to));
-            }
-            let stopped_before = std::mem::replace(&mut stopped, self.is_stopped(to));
-            if stopped_before && stopped {
-                return Err(Stop::new(format!("{to} is stopped by a signal")));
-            }
-            if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
-                return Err(Stop::new(reason));
-            }
-            // Of a program that says nothing it is only known that it runs; until it listens there is nothing to judge.
-            if self.joined_no_port(attempt) {
-                if began.elapsed() < longest {
-                    continue;
-                }
-                return Err(Stop::new(format!("{to} listens at no port of {}: {}", attempt.from, attempt.ports)));
-            }
-            attempt.after = self.conditions.measure(&self.record.file.name, stretch_began.elapsed());
-            match self.conditions.judge(attempt.before.as_ref(), attempt.after.as_ref(), &limits) {
-                Judgement::Worse { certain: false, .. } if !doubted => {
-                    doubted = true;
-                    stretch_began = Instant::now();
-                }
-                Judgement::Worse { reason, .. } => return Err(Stop::new(reason)),
-                Judgement::Accept => {
-                    let requests = attempt.after.map_or(0, |after| after.requests);
-                    return Ok(format!("as good as before over {requests} requests"));
-                }
-                Judgement::Continue if began.elapsed() >= longest => {
-                    return Ok(format!("nothing worse seen in {:.0} s", longest.as_secs_f64()));
-                }
-                Judgement::Continue => {}
-            }
-        }
     }
 
     /// Whether a generation has heard of everything that it must have to own.

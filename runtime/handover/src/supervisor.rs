@@ -307,6 +307,7 @@ impl Supervisor {
     pub(crate) fn set_role(&mut self, generation: Generation, role: Role) {
         if let Some(member) = self.members.get_mut(&generation) {
             member.role = role;
+            member.spoken.begin_watch();
         }
         self.say_members();
     }
@@ -316,6 +317,7 @@ impl Supervisor {
         for (generation, role) in [(from, Role::Parked), (to, Role::Owner)] {
             if let Some(member) = self.members.get_mut(&generation) {
                 member.role = role;
+                member.spoken.begin_watch();
             }
         }
     }
@@ -510,6 +512,9 @@ impl Supervisor {
 
     fn route(&mut self, from: Generation, message: ToSupervisor, fds: Vec<OwnedFd>) {
         self.steps.take(Step::Hear(from, message.name()));
+        if let Some(member) = self.members.get_mut(&from) {
+            member.spoken.begin_watch();
+        }
         let notice = match message {
             ToSupervisor::Hello { protocol, schemas_read, schema_written, state, .. } => {
                 let state = state_move(state);

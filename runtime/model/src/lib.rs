@@ -24,8 +24,6 @@ pub use id::{CgroupId, Generation, InvalidServiceName, ServiceName};
 pub use latency::LatencyHistogram;
 pub use listen::{InvalidListenAddress, Listen, ListenAddress, Network, Transport};
 pub use resource::{PerResource, Resource};
-pub use service_file::{
-    Handover, ImageRef, Readiness, Reserve, Resources, Schedule, ServiceFile, ServiceFileError,
-};
+pub use service_file::{Handover, ImageRef, Readiness, Reserve, Resources, Schedule, ServiceFile, ServiceFileError};
 pub use signal::{InvalidSignal, Signal};
 pub use window::{FeatureWindow, ProbeCounts};

@@ -27,13 +27,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::store::Store;
+use crate::store::{Settings, Store};
 use crate::wait::within;
 use harm::Processes;
 use watch::Watch;
 
 /// Somebody must accept, and answer, again after this.
 pub const OUTAGE_MAX: Duration = Duration::from_secs(2);
+/// A generation that stands still after COMMIT is noticed by its watchdog, as it would be on any other day.
+const WATCHDOG: &str = "watchdog_s = 0.8";
 /// An agent that is to stand still does so for longer than a client may have to wait.
 const STANDSTILL: Duration = Duration::from_millis(2500);
 /// Until everything is as it should be again. An agent starts anew in this time, too.
@@ -156,7 +158,10 @@ impl Disturbed {
         let handover = "warm_s_max = 20\nsync_s_max = 20\nquiesce_ms_max = 500\nverify_s_min = 0.3\nverify_requests_min = 5\n\
                         p99_ratio_max = 1e6\ncpu_ratio_max = 1e6\nmemory_latency_ratio_max = 1e6\n\
                         throughput_ratio_min = 0\ndrain_s_max = 1\n";
-        let store = Store::start(NAME, handover)?;
+        let store = Store::start_with(NAME, |store| {
+            let image = store.image("v1")?;
+            store.file("first", &Settings { handover, top: WATCHDOG, ..Settings::new(&image) })
+        })?;
         store.write_keys(KEYS)?;
         let watch = Watch::start(store.address())?;
         let mut disturbed = Self { store, watch, steps: [Vec::new(), Vec::new()], version: "v1" };

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use warmswap_backend::{NOTIFY, NamedFd};
 use warmswap_model::{Generation, Signal, with_causes};
+use warmswap_transfer::message::ToService;
 
 pub(crate) use socket::NotifySocket;
 pub(crate) use store::FdStore;
@@ -40,6 +41,8 @@ pub(crate) struct Spoken {
     watchdog: Option<Duration>,
     /// Its last sign of life.
     alive_at: Instant,
+    /// When it was last asked for one.
+    asked_at: Instant,
     /// Why it was ended as dead.
     given_up: Option<String>,
     /// When this second began, how much was said in it, and whether somebody was warned in it.
@@ -56,6 +59,7 @@ impl Spoken {
             stopping: false,
             watchdog,
             alive_at: now,
+            asked_at: now,
             given_up: None,
             second: (now, 0, false),
         }
@@ -98,9 +102,17 @@ impl Spoken {
         self.given_up.as_deref()
     }
 
-    /// The watchdog of a program counts from when it is ready.
+    /// A sign of life. The watchdog counts from the last one, or from when a generation was ready, or became owner.
     pub(crate) fn begin_watch(&mut self) {
         self.alive_at = Instant::now();
+    }
+
+    /// When a generation with a watchdog is to be asked whether it lives, if nothing is heard of it meanwhile. Half the time
+    /// is for its answer.
+    fn ask_in(&self) -> Option<Duration> {
+        let half = self.watchdog.filter(|_| self.given_up.is_none())? / 2;
+        let last = self.alive_at.max(self.asked_at);
+        Some(half.saturating_sub(last.elapsed()))
     }
 }
 
@@ -236,21 +248,38 @@ impl Supervisor {
 
     /// Ends a generation that has missed its watchdog; why it was ended, if so.
     pub(crate) fn watch(&mut self, generation: Generation) -> Option<String> {
-        let spoken = &self.members.get(&generation)?.spoken;
+        self.ask_for_life(generation);
+        let member = self.members.get(&generation)?;
+        let spoken = &member.spoken;
         if let Some(reason) = spoken.given_up() {
             return Some(reason.to_owned());
         }
-        let missed = spoken.watchdog.filter(|watchdog| spoken.alive_at.elapsed() > *watchdog)?;
-        let reason = format!("did not say WATCHDOG=1 within {} s", missed.as_secs_f64());
+        let missed = spoken.watchdog.filter(|watchdog| spoken.alive_at.elapsed() > *watchdog)?.as_secs_f64();
+        let reason = match member.cooperates() {
+            true => format!("did not answer within {missed} s"),
+            false => format!("did not say WATCHDOG=1 within {missed} s"),
+        };
         self.give_up(generation, reason.clone());
         Some(reason)
     }
 
-    /// When the owner must have spoken at the latest.
+    /// A program says by itself that it lives; a service that links the SDK has only to answer.
+    fn ask_for_life(&mut self, generation: Generation) {
+        let due = |member: &&mut Member| member.cooperates() && member.spoken.ask_in() == Some(Duration::ZERO);
+        let Some(member) = self.members.get_mut(&generation).filter(due) else { return };
+        member.spoken.asked_at = Instant::now();
+        self.round += 1;
+        // One that cannot even be told has its time to answer all the same.
+        let _ = self.tell(generation, &ToService::CaughtUp { round: self.round, commit: None }, &[]);
+    }
+
+    /// When the owner must have spoken at the latest, or is to be asked.
     pub(crate) fn watchdog_due(&self) -> Option<Duration> {
-        let spoken = &self.members.get(&self.owner()?)?.spoken;
-        let watchdog = spoken.watchdog.filter(|_| spoken.given_up.is_none())?;
-        Some(watchdog.saturating_sub(spoken.alive_at.elapsed()))
+        let member = self.members.get(&self.owner()?)?;
+        let watchdog = member.spoken.watchdog.filter(|_| member.spoken.given_up.is_none())?;
+        let missed = watchdog.saturating_sub(member.spoken.alive_at.elapsed());
+        let ask = member.spoken.ask_in().filter(|_| member.cooperates());
+        Some(ask.map_or(missed, |ask| ask.min(missed)))
     }
 
     fn give_up(&mut self, generation: Generation, reason: String) {
