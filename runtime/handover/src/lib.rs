@@ -5,6 +5,7 @@
 
 mod attempt;
 mod conditions;
+mod errand;
 mod error;
 mod journal;
 mod lifecycle;

@@ -8,6 +8,7 @@ use warmswap_model::{Generation, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
 
+use crate::errand::Errand;
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
 use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor, describe_exit};
@@ -120,6 +121,8 @@ impl Supervisor {
             informed: false,
             closed: false,
             drain_until: None,
+            lifeline: None,
+            noted: false,
         };
         self.members.insert(generation, member);
         self.say_members();
@@ -199,10 +202,7 @@ impl Supervisor {
 
     /// Ends a generation at once and forgets it.
     pub(crate) fn discard(&mut self, generation: Generation) {
-        let id = self.container(generation);
-        if let Err(error) = self.backend.destroy(&id) {
-            tracing::error!("cannot remove {id}: {}", with_causes(&error));
-        }
+        self.run_errand(Errand::Destroy(generation));
         self.members.remove(&generation);
     }
 

@@ -1,5 +1,6 @@
 //! One generation as its supervisor sees it.
 
+use std::io::PipeWriter;
 use std::time::Instant;
 
 use warmswap_backend::{ContainerId, PreparedImage};
@@ -42,6 +43,11 @@ pub(crate) struct Member {
     /// Its end of the conversation is closed: it is dead, about to be, or closed every descriptor it did not know.
     pub(crate) closed: bool,
     pub(crate) drain_until: Option<Instant>,
+    /// The other end of the pipe by which it sees that this supervisor lives. Each has its own, because whoever holds the
+    /// reading end of a pipe can open it for writing.
+    pub(crate) lifeline: Option<PipeWriter>,
+    /// It said something that nobody wanted to hear, and the log has it.
+    pub(crate) noted: bool,
 }
 
 impl Member {

@@ -68,21 +68,25 @@ impl Supervisor {
         let from = self.owner().unwrap_or(Generation(0));
         let mut attempt = Attempt::new(plan.handover, from, self.record.next_generation);
         let result = self.phases(plan, &mut attempt);
-        let (verdict, reason) = match result {
-            Ok(()) => (Verdict::Committed, None),
-            Err(stop) if attempt.promoted && !self.is_dead(attempt.to) && !self.can_take_back(&attempt) => {
+        let stays = match result {
+            Err(_) if attempt.promoted && !self.is_dead(attempt.to) => self.can_take_back(&attempt).err(),
+            _ => None,
+        };
+        let (verdict, reason) = match (result, stays) {
+            (Ok(()), _) => (Verdict::Committed, None),
+            (Err(stop), Some(why)) => {
                 // Going back would end the only generation that serves.
+                let from = attempt.from;
+                let became = if self.is_dead(from) { "died" } else { "has not kept up" };
                 let kept = format!(
-                    "{}; kept all the same, because {} {} and cannot take back",
-                    stop.reason,
-                    attempt.from,
-                    if self.is_dead(attempt.from) { "died" } else { "has not kept up" }
+                    "{}; kept all the same, because {from} {became} and cannot take back ({})",
+                    stop.reason, why.reason
                 );
                 let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
                 debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
                 (Verdict::Committed, Some(kept))
             }
-            Err(stop) => {
+            (Err(stop), None) => {
                 let back = self.unwind(&mut attempt);
                 let verdict = if attempt.promoted { Verdict::RolledBack } else { Verdict::Aborted };
                 let failed = attempt.phases.iter().find(|timing| timing.outcome == PhaseOutcome::Failed);
@@ -220,7 +224,10 @@ impl Supervisor {
         // Before the last round, because both take milliseconds in which the log grows.
         self.activate(plan, to);
         attempt.before = self.conditions.measure(&self.record.file.name, BASELINE);
-        let rounds = self.catch_up(from, to, deadline)?;
+        self.cancellable = true;
+        let rounds = self.catch_up(from, to, deadline);
+        self.cancellable = false;
+        let rounds = rounds?;
         let mb = attempt.state_bytes as f64 / f64::from(1 << 20);
         Ok(format!("{mb:.0} MiB of state mapped, {} connections, {rounds} rounds", self.connections.len()))
     }
@@ -422,7 +429,10 @@ impl Supervisor {
                 self.pump(left, None);
                 for (who, notice) in std::mem::take(&mut self.notices) {
                     match notice {
-                        Notice::Closed if who == to && self.is_dead(to) => return Err(self.obituary(to)),
+                        // One that cannot be spoken to any more cannot be handed over from either.
+                        Notice::Closed if who == to && (attempt.rung >= Rung::Fds || self.is_dead(to)) => {
+                            return Err(self.obituary(to));
+                        }
                         Notice::Failed { what } if who == to => return Err(Stop::new(format!("{to} failed: {what}"))),
                         _ => {}
                     }
@@ -537,21 +547,22 @@ impl Supervisor {
 
     /// Whether the old generation lives and knows what it must know. When it is the new one that does not answer, what
     /// the old one was told has to do.
-    fn can_take_back(&mut self, attempt: &Attempt) -> bool {
+    fn can_take_back(&mut self, attempt: &Attempt) -> Result<(), Stop> {
         let (from, to) = (attempt.from, attempt.to);
         if self.is_dead(from) {
-            return false;
+            return Err(self.obituary(from));
         }
         if attempt.rung < Rung::Fds {
-            return true;
+            return Ok(());
         }
         let deadline = Instant::now() + HAND_BACK_TIME_MAX;
         let newest = self.ask_caught_up(to, None, &[from, to], deadline);
-        self.informed(from).is_ok()
-            && match newest {
-                Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).is_ok(),
-                Err(_) => !self.is_dead(from),
-            }
+        self.informed(from)?;
+        match newest {
+            Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).map(drop),
+            Err(_) if self.is_dead(from) => Err(self.obituary(from)),
+            Err(_) => Ok(()),
+        }
     }
 
     fn roll_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
@@ -598,7 +609,7 @@ impl Supervisor {
             other => return Err(Stop::new(format!("{to} cannot be confirmed dead ({other:?}), so {from} must wait"))),
         }
         // What it said last may still be on the way: segments and connections that the old one needs.
-        self.pump(Duration::ZERO, None);
+        self.read_rest(to);
         self.informed(from)?;
         self.journal
             .promoted(attempt.handover, from, self.greeting_of(from))

@@ -17,7 +17,7 @@ use crate::conditions::Conditions;
 use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Supervisor};
+use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_PAGE, KEPT_SEGMENT, Stop, Supervisor};
 
 impl Supervisor {
     /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did
@@ -110,13 +110,15 @@ impl Supervisor {
             informed: is_owner,
             closed: false,
             drain_until: None,
+            lifeline: None,
+            noted: false,
             id,
         };
         self.members.insert(generation, member);
         if !running {
             // What it said of its state while nobody listened is still in the channel, and holds acknowledged writes.
             self.name_owner(generation);
-            self.read_all(generation);
+            self.read_rest(generation);
             self.members.remove(&generation);
             self.fallen = Some(generation);
         }
@@ -202,7 +204,7 @@ impl Supervisor {
     fn resume(&mut self, owner: Generation, handover: u64) {
         self.keep_page(owner);
         let result = self
-            .tell(owner, &ToService::ControlPage, &[self.control.as_fd(), self.lifeline.0.as_fd()])
+            .tell_page(owner)
             .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
             .and_then(|()| self.tell_own(owner, handover, None, None, false))
             .and_then(|()| self.await_owned(owner, handover));
@@ -219,6 +221,14 @@ impl Supervisor {
                 self.last_trouble = Some(format!("{owner} does not answer: {}", stop.reason));
             }
         }
+    }
+
+    fn tell_page(&mut self, owner: Generation) -> Result<(), Stop> {
+        let (reader, writer) = std::io::pipe().map_err(|error| Stop::new(format!("no pipe for {owner}: {error}")))?;
+        if let Some(member) = self.members.get_mut(&owner) {
+            member.lifeline = Some(writer);
+        }
+        self.tell(owner, &ToService::ControlPage, &[self.control.as_fd(), reader.as_fd()])
     }
 
     /// For the supervisor after this one.

@@ -6,21 +6,22 @@
 //! Not here: the order of a handover (`protocol.rs`) and taking over from a predecessor (`recovery.rs`).
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::io::{PipeReader, PipeWriter};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, NamedFd, ServiceGround};
+use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, ServiceGround};
 use warmswap_model::{Generation, ServiceFile, ServiceName, with_causes};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
 use warmswap_transfer::message::{Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
+use warmswap_transfer::segment::check_segment;
 
 use crate::conditions::Conditions;
-use crate::error::{HandoverError, LogTail};
+use crate::errand::Errand;
+use crate::error::{HandoverError, LogTail, plain};
 use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
 use crate::member::{Greeting, Member, MemberStatus, Role};
@@ -34,6 +35,16 @@ pub(crate) const KEPT_SEGMENT: &str = "segment-";
 
 /// Most segments one service may have at a time; with the usual 16 MiB segments this is 64 GiB.
 const SEGMENTS_MAX: usize = 4096;
+/// Most connections of one service that a follower can hold.
+const CONNECTIONS_MAX: usize = 1 << 20;
+/// Most schemas one program may read.
+const SCHEMAS_MAX: usize = 64;
+/// Messages read of one generation before the others, and whoever waits for something else, have their turn.
+const MESSAGES_AT_A_TIME: usize = 64;
+/// More messages than can wait of a generation that says no more.
+const MESSAGES_LEFT_MAX: usize = 8192;
+/// A wait that somebody may want to end looks for that so often.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a resumed or promoted process may take to say that it serves.
 pub(crate) const OWNED_TIME_MAX: Duration = Duration::from_secs(5);
 
@@ -74,8 +85,6 @@ pub struct Supervisor {
     pub(crate) journal: Journal,
     pub(crate) members: BTreeMap<Generation, Member>,
     pub(crate) control: ControlPage,
-    /// Generations hold the reading end: when this process dies, the one that the control word names serves by itself.
-    pub(crate) lifeline: (PipeReader, PipeWriter),
     /// The state of the service: one duplicate of every living segment, for followers to come.
     pub(crate) segments: BTreeMap<u64, OwnedFd>,
     /// Cookies of the connections that followers hold duplicates of.
@@ -88,6 +97,10 @@ pub struct Supervisor {
     pub(crate) revive_delay: Duration,
     pub(crate) revived_at: Option<Instant>,
     pub(crate) last_trouble: Option<String>,
+    /// What a back end refused to do and is asked again.
+    pub(crate) errands: Vec<Errand>,
+    /// The wait that goes on may be called off.
+    pub(crate) cancellable: bool,
 }
 
 impl Supervisor {
@@ -142,7 +155,6 @@ impl Supervisor {
             journal,
             members: BTreeMap::new(),
             control: ControlPage::create()?,
-            lifeline: std::io::pipe().map_err(|source| HandoverError::System { action: "make a pipe", source })?,
             segments: BTreeMap::new(),
             connections: HashSet::new(),
             notices: VecDeque::new(),
@@ -152,6 +164,8 @@ impl Supervisor {
             revive_delay: REVIVE_DELAY_MIN,
             revived_at: None,
             last_trouble: None,
+            errands: Vec::new(),
+            cancellable: false,
         })
     }
 
@@ -224,6 +238,7 @@ impl Supervisor {
         self.pump(timeout.min(due), wake);
         self.notices.clear(); // between handovers nobody waits for any
         self.end_drained();
+        self.run_errands();
         self.revive_owner();
     }
 
@@ -247,6 +262,11 @@ impl Supervisor {
         }
         if let Some(fallen) = self.fallen.take() {
             note(self.backend.destroy(&self.container(fallen)).map_err(Into::into));
+        }
+        for errand in std::mem::take(&mut self.errands) {
+            if let Errand::Destroy(generation) = errand {
+                note(self.backend.destroy(&self.container(generation)).map_err(Into::into));
+            }
         }
         self.members.clear();
         self.segments.clear();
@@ -351,13 +371,16 @@ impl Supervisor {
             {
                 return Err(self.obituary(*gone));
             }
+            if let Some(reason) = self.cancellable.then(|| self.conditions.cancelled(self.service())).flatten() {
+                return Err(Stop::new(reason));
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let involved: Vec<String> = involved.iter().map(Generation::to_string).collect();
                 let limit_ms = limit.as_secs_f64() * 1e3;
                 return Err(Stop::new(format!("{} did not {what} within {limit_ms:.0} ms", involved.join(" and "))));
             }
-            self.pump(left, None);
+            self.pump(if self.cancellable { left.min(CANCEL_INTERVAL) } else { left }, None);
         }
     }
 
@@ -373,7 +396,8 @@ impl Supervisor {
         }
     }
 
-    /// Reads everything that has arrived, waiting up to `timeout` for the first.
+    /// Reads what has arrived, waiting up to `timeout` for the first. Of a generation that does not stop talking only so
+    /// much that the caller gets to look at its clock.
     pub(crate) fn pump(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
         let generations: Vec<Generation> =
             self.members.iter().filter(|(_, member)| !member.closed).map(|(generation, _)| *generation).collect();
@@ -389,13 +413,18 @@ impl Supervisor {
             let _ = nix::poll::poll(&mut polled, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX));
         }
         for generation in generations {
-            self.read_all(generation);
+            self.read_some(generation, MESSAGES_AT_A_TIME);
         }
     }
 
-    pub(crate) fn read_all(&mut self, generation: Generation) {
-        loop {
-            let Some(member) = self.members.get_mut(&generation) else { return };
+    /// Everything that a generation has left to say which is dead.
+    pub(crate) fn read_rest(&mut self, generation: Generation) {
+        self.read_some(generation, MESSAGES_LEFT_MAX);
+    }
+
+    fn read_some(&mut self, generation: Generation, count: usize) {
+        for _ in 0..count {
+            let Some(member) = self.members.get_mut(&generation).filter(|member| !member.closed) else { return };
             let received = match member.channel.try_recv() {
                 Ok(None) => return,
                 Ok(Some(received)) => Ok(received),
@@ -405,9 +434,16 @@ impl Supervisor {
                 Ok((message, fds)) => self.route(generation, message, fds),
                 Err(error) => {
                     member.closed = true;
+                    // Nothing but a lack of ours is worth another agent's try.
+                    if !matches!(error, ChannelError::DescriptorsLost | ChannelError::System { .. }) {
+                        member.channel.hang_up();
+                    }
                     if !matches!(error, ChannelError::Closed) {
                         let what = format!("broke the control protocol: {}", with_causes(&error));
                         tracing::warn!("{generation} of {} {what}", self.record.file.name);
+                        if member.role == Role::Owner {
+                            self.last_trouble = Some(format!("{generation} {what}; it cannot be updated any more"));
+                        }
                         self.notices.push_back((generation, Notice::Failed { what }));
                     }
                     self.notices.push_back((generation, Notice::Closed));
@@ -429,7 +465,7 @@ impl Supervisor {
                 Some(Notice::Ready)
             }
             // Only the owner has anything to say about state and connections; whoever else tries is not heard.
-            ToSupervisor::Segment { index } if self.speaks_for_service(from) => self.keep_segment(index, fds),
+            ToSupervisor::Segment { index } if self.speaks_for_service(from) => self.keep_segment(from, index, fds),
             ToSupervisor::SegmentRetired { index } if self.speaks_for_service(from) => {
                 self.drop_segment(index);
                 None
@@ -448,7 +484,7 @@ impl Supervisor {
             | ToSupervisor::SegmentRetired { .. }
             | ToSupervisor::Connections { .. }
             | ToSupervisor::ConnectionsClosed { .. } => {
-                tracing::warn!("{from} of {} is not the owner; its message is dropped", self.record.file.name);
+                self.note(from, "is not the owner; what it says of state and connections is not heard");
                 None
             }
             ToSupervisor::CaughtUp { round, commit, connections } => {
@@ -459,10 +495,19 @@ impl Supervisor {
             }
             ToSupervisor::Owned { handover, connections } => Some(Notice::Owned { handover, connections }),
             ToSupervisor::Drained => None, // its exit follows, and that is what counts
-            ToSupervisor::Failed { what } => Some(Notice::Failed { what }),
+            ToSupervisor::Failed { what } => Some(Notice::Failed { what: plain(&what) }),
         };
         if let Some(notice) = notice {
             self.notices.push_back((from, notice));
+        }
+    }
+
+    /// Once for each generation: one that means harm could fill the log.
+    fn note(&mut self, generation: Generation, what: &str) {
+        if let Some(member) = self.members.get_mut(&generation)
+            && !std::mem::replace(&mut member.noted, true)
+        {
+            tracing::warn!("{generation} of {} {what}", self.record.file.name);
         }
     }
 
@@ -476,11 +521,23 @@ impl Supervisor {
             let what = format!("speaks version {protocol} of the control protocol, this agent {PROTOCOL_VERSION}");
             return Some(Notice::Failed { what });
         }
+        if greeting.schemas_read.len() > SCHEMAS_MAX {
+            let what = format!("reads {} schemas, more than {SCHEMAS_MAX}", greeting.schemas_read.len());
+            return Some(Notice::Failed { what });
+        }
         let service = self.record.file.name.to_string();
         let message = ToService::Welcome { service, generation: from.0, owner: false };
         let member = self.members.get_mut(&from)?;
+        if member.greeting.is_some() {
+            return Some(Notice::Failed { what: "greeted a second time".to_owned() });
+        }
         member.greeting = Some(greeting);
-        if let Err(error) = member.channel.send(&message, &[self.control.as_fd(), self.lifeline.0.as_fd()]) {
+        let (reader, writer) = match std::io::pipe() {
+            Ok(pipe) => pipe,
+            Err(error) => return Some(Notice::Failed { what: format!("cannot be given a lifeline: {error}") }),
+        };
+        member.lifeline = Some(writer);
+        if let Err(error) = member.channel.send(&message, &[self.control.as_fd(), reader.as_fd()]) {
             return Some(Notice::Failed { what: with_causes(&error) });
         }
         // It took so long to join that it was made owner as a program that does not know us.
@@ -491,39 +548,42 @@ impl Supervisor {
         None
     }
 
-    fn keep_segment(&mut self, index: u64, fds: Vec<OwnedFd>) -> Option<Notice> {
+    fn keep_segment(&mut self, from: Generation, index: u64, fds: Vec<OwnedFd>) -> Option<Notice> {
         let fd = fds.into_iter().next()?;
+        if let Err(error) = check_segment(fd.as_fd(), index) {
+            let what = format!("sent no segment of state: {}", with_causes(&error));
+            self.note(from, &what);
+            return Some(Notice::Failed { what });
+        }
         if self.segments.len() >= SEGMENTS_MAX {
             return Some(Notice::Failed { what: format!("has more than {SEGMENTS_MAX} segments of state") });
         }
         self.forward(&ToService::Segment { index }, &[fd.as_fd()]);
-        for member in self.members.values().filter(|member| member.role != Role::Draining) {
-            let kept = fd.try_clone().map_err(|source| HandoverError::System { action: "duplicate a segment", source });
-            let kept = kept.and_then(|fd| {
-                let name = format!("{KEPT_SEGMENT}{index}");
-                self.backend.keep_fd(&member.id, NamedFd { name, fd }).map_err(HandoverError::from)
-            });
-            if let Err(error) = kept {
-                tracing::warn!("segment {index} of {} is not kept for a crash: {}", member.id, with_causes(&error));
-            }
-        }
         self.segments.insert(index, fd);
+        let keepers = self.members.values().filter(|member| member.role != Role::Draining);
+        for generation in keepers.map(|member| member.id.generation).collect::<Vec<_>>() {
+            self.run_errand(Errand::Keep(generation, index));
+        }
         None
     }
 
     fn drop_segment(&mut self, index: u64) {
         self.segments.remove(&index);
         self.forward(&ToService::SegmentRetired { index }, &[]);
-        for member in self.members.values() {
-            if let Err(error) = self.backend.drop_kept_fd(&member.id, &format!("{KEPT_SEGMENT}{index}")) {
-                tracing::warn!("{}", with_causes(&error));
-            }
+        for generation in self.members.keys().copied().collect::<Vec<_>>() {
+            self.run_errand(Errand::Drop(generation, index));
         }
     }
 
     /// Passes connections on to the followers, after comparing each with its own descriptor. The supervisor's
     /// duplicates close when `fds` is dropped, or a client would never see the end of its connection.
     fn forward_connections(&mut self, records: Vec<ConnectionRecord>, fds: &[OwnedFd]) -> Option<Notice> {
+        if !self.members.values().any(Member::follows) {
+            return None; // said to a follower that has gone meanwhile
+        }
+        if self.connections.len() > CONNECTIONS_MAX {
+            return Some(Notice::Failed { what: format!("has more than {CONNECTIONS_MAX} connections") });
+        }
         let attached = records.iter().filter(|record| record.attached);
         for (record, fd) in attached.zip(fds) {
             match socket_cookie(fd.as_fd()) {
