@@ -11,6 +11,7 @@ mod agent;
 mod bpf;
 mod ground;
 pub mod hesitant;
+pub mod hostile;
 mod inventory;
 mod requirements;
 mod store;
