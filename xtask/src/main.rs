@@ -4,6 +4,7 @@
 
 mod build;
 mod demo;
+mod fuzz;
 mod lint;
 mod prepush;
 mod run;
@@ -19,7 +20,7 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(
     name = "cargo xtask",
-    about = "Set-up, build, test, demo, virtual machines, tidy",
+    about = "Set-up, build, test, fuzz, demo, virtual machines, tidy",
     disable_help_subcommand = true
 )]
 struct Arguments {
@@ -37,6 +38,8 @@ enum Verb {
     Test(test::Options),
     /// Set up, build and run `warmswap demo`
     Demo(demo::Options),
+    /// Run the fuzz targets, and the tests of the parsers, under AddressSanitizer
+    Fuzz(fuzz::Options),
     /// Formatting, clippy without warnings, tidy
     Lint,
     /// Check the rules that hold across the workspace (dependency direction, manifests, files, links)
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Verb::Build => setup::run().and_then(|()| build::run()),
         Verb::Test(options) => test::run(&options),
         Verb::Demo(options) => demo::run(&options),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Lint => lint::run(),
         Verb::Tidy => tidy::run(),
         Verb::Vm(options) => vm::run_verb(&options),

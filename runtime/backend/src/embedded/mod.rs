@@ -19,6 +19,8 @@ pub use cleanup::{leftovers, purge};
 pub(crate) use oci::environment;
 use service::remove_netns;
 pub(crate) use user::identity;
+#[cfg(fuzzing)]
+pub use wire::fuzz_wire;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
