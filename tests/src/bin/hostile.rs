@@ -133,7 +133,7 @@ impl Hostile {
                 self.say(&ToSupervisor::Connections { records }, &[self.control])?;
             }
             Misdeed::Unsealed => {
-                self.segment(&memory(c"hostile", &header(0).to_bytes(), SEGMENT_LEN_MIN as u64, false)?, 0)?
+                self.segment(&memory(c"hostile", &header(0).to_bytes(), SEGMENT_LEN_MIN as u64, false)?, 0)?;
             }
             Misdeed::Shrunk => {
                 let file = memory(c"hostile", &header(0).to_bytes(), SEGMENT_LEN_MIN as u64, false)?;
