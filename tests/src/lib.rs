@@ -13,6 +13,7 @@ mod bpf;
 pub mod faults;
 mod ground;
 pub mod hesitant;
+pub mod hostile;
 mod inventory;
 mod requirements;
 pub mod sequence;

@@ -5,6 +5,7 @@
 mod build;
 mod demo;
 mod faults;
+mod fuzz;
 mod lint;
 mod prepush;
 mod run;
@@ -20,7 +21,7 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(
     name = "cargo xtask",
-    about = "Set-up, build, test, demo, virtual machines, tidy",
+    about = "Set-up, build, test, fuzz, demo, virtual machines, tidy",
     disable_help_subcommand = true
 )]
 struct Arguments {
@@ -40,6 +41,8 @@ enum Verb {
     Demo(demo::Options),
     /// Set up, build, and kill, stop or deceive everybody at every step of a handover
     Faults(faults::Options),
+    /// Run the fuzz targets, and the tests of the parsers, under AddressSanitizer
+    Fuzz(fuzz::Options),
     /// Formatting, clippy without warnings, tidy
     Lint,
     /// Check the rules that hold across the workspace (dependency direction, manifests, files, links)
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Verb::Test(options) => test::run(&options),
         Verb::Demo(options) => demo::run(&options),
         Verb::Faults(options) => faults::run(&options),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Lint => lint::run(),
         Verb::Tidy => tidy::run(),
         Verb::Vm(options) => vm::run_verb(&options),

@@ -20,6 +20,8 @@ pub use contract::{
     Backend, ContainerId, ContainerSpec, ContainerState, ContainerUsage, FoundContainer, HostCapacity, Limits,
     MEMORY_FILE_PREFIX, NOTIFY, NamedFd, PreparedImage, Result, ServiceGround,
 };
+#[cfg(fuzzing)]
+pub use embedded::fuzz_wire;
 pub use embedded::{EmbeddedBackend, EmbeddedConfig, internal_main, leftovers, purge};
 pub use error::BackendError;
 pub use fake::{Call, FakeBackend};

@@ -34,6 +34,21 @@ pub enum HandoverError {
     },
 }
 
+/// Longest text of a container that is passed on, characters.
+const WORDS_MAX: usize = 400;
+
+/// What a container says, fit for a terminal, a log and one line of a report: no control characters, nothing that turns the
+/// direction of the text, and not endless.
+pub(crate) fn plain(text: &str) -> String {
+    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut words: String =
+        text.chars().take(WORDS_MAX).map(|c| if c.is_control() || turns(c) { '\u{fffd}' } else { c }).collect();
+    if text.chars().nth(WORDS_MAX).is_some() {
+        words.push('…');
+    }
+    words
+}
+
 /// The last lines a container printed, for an error that a person reads.
 #[derive(Debug, Default)]
 pub struct LogTail(pub Vec<String>);
@@ -54,7 +69,7 @@ impl LogTail {
             let text = String::from_utf8_lossy(&bytes);
             let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
             let from = lines.len().saturating_sub(Self::LINES_MAX);
-            Ok(lines[from..].iter().map(|line| (*line).to_owned()).collect())
+            Ok(lines[from..].iter().map(|line| plain(line)).collect())
         };
         Self(read().unwrap_or_default())
     }
@@ -67,5 +82,18 @@ impl std::fmt::Display for LogTail {
         }
         f.write_str("; its last words:")?;
         self.0.iter().try_for_each(|line| write!(f, "\n    {line}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_container_are_harmless_and_short() {
+        assert_eq!(plain("it is 3 °C – fine"), "it is 3 °C – fine");
+        assert_eq!(plain("a\x1b[2J\nb\u{9b}c\u{202e}d"), "a\u{fffd}[2J\u{fffd}b\u{fffd}c\u{fffd}d");
+        let long = plain(&"ü".repeat(70_000));
+        assert!(long.chars().count() == WORDS_MAX + 1 && long.ends_with('…'));
     }
 }

@@ -140,11 +140,15 @@ impl Journal {
 
     /// Reads what a predecessor wrote. `None` when there is no journal.
     pub fn read(path: &Path) -> Result<Option<Recovered>, JournalError> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(JournalError::File { action: "read", path: path.to_owned(), source }),
-        };
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(path, &text),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(JournalError::File { action: "read", path: path.to_owned(), source }),
+        }
+    }
+
+    /// As [`Self::read`], of a text; `path` is for the errors.
+    pub fn parse(path: &Path, text: &str) -> Result<Option<Recovered>, JournalError> {
         let damaged =
             |line: usize, problem: String| JournalError::Damaged { path: path.to_owned(), line: line + 1, problem };
         let mut recovered: Option<Recovered> = None;

@@ -5,6 +5,8 @@
 
 mod attempt;
 mod conditions;
+mod conversation;
+mod errand;
 mod error;
 mod journal;
 mod lifecycle;

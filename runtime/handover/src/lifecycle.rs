@@ -8,6 +8,7 @@ use warmswap_model::{Generation, Readiness, with_causes};
 use warmswap_transfer::channel::SupervisorChannel;
 use warmswap_transfer::message::ToService;
 
+use crate::errand::Errand;
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
 use crate::notify::{self, NotifySocket, Spoken};
@@ -148,6 +149,8 @@ impl Supervisor {
             garbled: 0,
             drain_until: None,
             spoken: Spoken::new(Some(socket), self.watchdog()),
+            lifeline: None,
+            noted: false,
         };
         self.members.insert(generation, member);
         self.stores.insert(generation, heritage);
@@ -238,13 +241,8 @@ impl Supervisor {
 
     /// Ends a generation at once and forgets it.
     pub(crate) fn discard(&mut self, generation: Generation) {
-        let id = self.container(generation);
         self.steps.take(Step::Backend("destroy", generation));
-        match self.backend.destroy(&id) {
-            // Confirmed dead.
-            Ok(()) => drop(self.ownership.release(generation.0)),
-            Err(error) => tracing::error!("cannot remove {id}: {}", with_causes(&error)),
-        }
+        self.run_errand(Errand::Destroy(generation));
         self.members.remove(&generation);
         self.stores.remove(&generation);
     }

@@ -1,5 +1,6 @@
 //! One generation as its supervisor sees it.
 
+use std::io::PipeWriter;
 use std::time::Instant;
 
 use warmswap_backend::{ContainerId, PreparedImage};
@@ -50,6 +51,11 @@ pub(crate) struct Member {
     pub(crate) drain_until: Option<Instant>,
     /// What it said by the conventions of systemd.
     pub(crate) spoken: Spoken,
+    /// The other end of the pipe by which it sees that this supervisor lives. Each has its own, because whoever holds the
+    /// reading end of a pipe can open it for writing.
+    pub(crate) lifeline: Option<PipeWriter>,
+    /// It said something that nobody wanted to hear, and the log has it.
+    pub(crate) noted: bool,
 }
 
 impl Member {

@@ -22,7 +22,7 @@ use warmswap_model::{
 use warmswap_transfer::message::{Commit, ToService};
 
 use crate::attempt::{Attempt, Undo};
-use crate::conditions::{Judgement, Progress};
+use crate::conditions::Progress;
 use crate::member::{Member, Role};
 use crate::moved::{incompatible, little_between};
 use crate::notify::FdStore;
@@ -79,21 +79,25 @@ impl Supervisor {
             succeeded = Some(format!("{}; {} took over its state", stop.reason, attempt.to));
             self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a))
         });
-        let (verdict, reason) = match result {
-            Ok(()) => (Verdict::Committed, succeeded),
-            Err(stop) if attempt.promoted && !self.is_dead(attempt.to) && !self.can_take_back(&attempt) => {
+        let stays = match result {
+            Err(_) if attempt.promoted && !self.is_dead(attempt.to) => self.can_take_back(&attempt).err(),
+            _ => None,
+        };
+        let (verdict, reason) = match (result, stays) {
+            (Ok(()), _) => (Verdict::Committed, succeeded),
+            (Err(stop), Some(why)) => {
                 // Going back would end the only generation that serves.
+                let from = attempt.from;
+                let became = if self.is_dead(from) { "died" } else { "has not kept up" };
                 let kept = format!(
-                    "{}; kept all the same, because {} {} and cannot take back",
-                    stop.reason,
-                    attempt.from,
-                    if self.is_dead(attempt.from) { "died" } else { "has not kept up" }
+                    "{}; kept all the same, because {from} {became} and cannot take back ({})",
+                    stop.reason, why.reason
                 );
                 let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
                 debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
                 (Verdict::Committed, Some(kept))
             }
-            Err(stop) => {
+            (Err(stop), None) => {
                 let back = self.unwind(&mut attempt);
                 let verdict = if attempt.promoted { Verdict::RolledBack } else { Verdict::Aborted };
                 let failed = attempt.phases.iter().find(|timing| timing.outcome == PhaseOutcome::Failed);
@@ -170,7 +174,7 @@ impl Supervisor {
     }
 
     /// A record of the journal is about to be written.
-    pub(crate) fn note(&self, record: &'static str) {
+    pub(crate) fn about_to_write(&self, record: &'static str) {
         self.steps.take(Step::Journal(record));
     }
 
@@ -178,7 +182,7 @@ impl Supervisor {
         if self.owner().is_none() {
             return Err(Stop::new(format!("{} has no generation that serves", self.service())));
         }
-        self.note("begin");
+        self.about_to_write("begin");
         self.journal
             .begin(attempt.handover, attempt.from, attempt.to, &plan.image, &self.record)
             .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -250,7 +254,10 @@ impl Supervisor {
         // Before the last rounds, because both take milliseconds in which the log grows.
         self.activate(plan, to);
         attempt.before = self.conditions.measure(&self.record.file.name, BASELINE);
-        let rounds = 1 + self.catch_up(from, to, deadline)?;
+        self.cancellable = true;
+        let rounds = self.catch_up(from, to, deadline);
+        self.cancellable = false;
+        let rounds = 1 + rounds?;
         let state = self.synced_state(attempt);
         Ok(format!("{state}, {} connections, {rounds} rounds", self.connections.len()))
     }
@@ -317,7 +324,7 @@ impl Supervisor {
         if attempt.rung < Rung::Fds {
             // Both accept from the same listeners; nobody has to stop for the other to serve.
             return self.timed(attempt, Phase::Promote, |s, a| {
-                s.note("promoted");
+                s.about_to_write("promoted");
                 s.journal
                     .promoted(a.handover, to, s.greeting_of(to))
                     .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -440,7 +447,7 @@ impl Supervisor {
             return Err(before(Stop::new(reason)));
         }
         let checked = Instant::now();
-        self.note("promoted");
+        self.about_to_write("promoted");
         self.journal
             .promoted(handover, to, self.greeting_of(to))
             .map_err(|error| SwitchError::Before { began: told, stop: Stop::new(with_causes(&error)) })?;
@@ -542,21 +549,22 @@ impl Supervisor {
 
     /// Whether the old generation lives and knows what it must know. When it is the new one that does not answer, what
     /// the old one was told has to do.
-    fn can_take_back(&mut self, attempt: &Attempt) -> bool {
+    fn can_take_back(&mut self, attempt: &Attempt) -> Result<(), Stop> {
         let (from, to) = (attempt.from, attempt.to);
         if self.is_dead(from) {
-            return false;
+            return Err(self.obituary(from));
         }
         if attempt.rung < Rung::Fds {
-            return true;
+            return Ok(());
         }
         let deadline = Instant::now() + HAND_BACK_TIME_MAX;
         let newest = self.ask_caught_up(to, None, &[from, to], deadline);
-        self.informed(from).is_ok()
-            && match newest {
-                Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).is_ok(),
-                Err(_) => !self.is_dead(from),
-            }
+        self.informed(from)?;
+        match newest {
+            Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).map(drop),
+            Err(_) if self.is_dead(from) => Err(self.obituary(from)),
+            Err(_) => Ok(()),
+        }
     }
 
     fn roll_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
@@ -600,10 +608,10 @@ impl Supervisor {
         let began = Instant::now();
         self.confirm_dead(to)?;
         // What it said last may still be on the way: segments and connections that the old one needs.
-        self.pump(Duration::ZERO, None);
+        self.read_rest(to);
         self.informed(from)?;
         self.ownership.release(to.0);
-        self.note("promoted");
+        self.about_to_write("promoted");
         self.journal
             .promoted(attempt.handover, from, self.greeting_of(from))
             .map_err(|error| Stop::new(with_causes(&error)))?;
@@ -622,9 +630,9 @@ impl Supervisor {
     }
 
     fn end_in_journal(&mut self, handover: u64, owner: Generation) {
-        self.note("end");
+        self.about_to_write("end");
         let ended = self.journal.end(handover, owner);
-        self.note("service");
+        self.about_to_write("service");
         if let Err(error) = ended.and_then(|()| self.journal.rewrite(&self.record)) {
             tracing::error!("{}", with_causes(&error));
         }

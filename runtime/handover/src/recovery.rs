@@ -22,7 +22,9 @@ use crate::error::HandoverError;
 use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
 use crate::notify::{FdStore, NotifySocket, Spoken, WATCHDOG_USEC};
-use crate::supervisor::{GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Supervisor, pages};
+use crate::supervisor::{
+    GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Stop, Supervisor, pages,
+};
 
 impl Supervisor {
     /// Takes over the service whose journal lies at `journal_path`, and reports the handover that the last supervisor did
@@ -122,13 +124,15 @@ impl Supervisor {
             garbled: 0,
             drain_until: None,
             spoken: Spoken::new(notify, watchdog),
+            lifeline: None,
+            noted: false,
             id,
         };
         self.members.insert(generation, member);
         if !running {
             // What it said of its state while nobody listened is still in the channel, and holds acknowledged writes.
             self.name_owner(generation);
-            self.read_all(generation);
+            self.read_rest(generation);
             self.members.remove(&generation);
             self.ownership.release(generation.0);
             self.fallen = Some(generation);
@@ -231,7 +235,7 @@ impl Supervisor {
     fn resume(&mut self, owner: Generation, handover: u64) {
         self.keep_page(owner);
         let result = self
-            .tell(owner, &ToService::NewSupervisor, &pages(&self.control, &self.ownership, &self.lifeline.0))
+            .tell_page(owner)
             .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
             .and_then(|()| self.tell_own(owner, handover, None, None, false))
             .and_then(|()| self.await_owned(owner, handover));
@@ -249,6 +253,14 @@ impl Supervisor {
                 self.last_trouble = Some(format!("{owner} does not answer: {}", stop.reason));
             }
         }
+    }
+
+    fn tell_page(&mut self, owner: Generation) -> Result<(), Stop> {
+        let (reader, writer) = std::io::pipe().map_err(|error| Stop::new(format!("no pipe for {owner}: {error}")))?;
+        if let Some(member) = self.members.get_mut(&owner) {
+            member.lifeline = Some(writer);
+        }
+        self.tell(owner, &ToService::NewSupervisor, &pages(&self.control, &self.ownership, &reader))
     }
 
     /// For the supervisor after this one.

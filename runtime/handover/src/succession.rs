@@ -51,13 +51,13 @@ impl Supervisor {
         let began = Instant::now();
         self.confirm_dead(from)?;
         // What it said last may still be on the way, and what it said of its state holds acknowledged writes.
-        self.read_all(from);
+        self.read_rest(from);
         if !self.members.get(&to).is_some_and(|member| member.informed) {
             attempt.state_bytes = self.send_segments(to)?;
         }
         self.activate(plan, to);
         self.ownership.release(from.0);
-        self.note("promoted");
+        self.about_to_write("promoted");
         self.journal
             .promoted(attempt.handover, to, self.greeting_of(to))
             .map_err(|error| Stop::new(with_causes(&error)))?;

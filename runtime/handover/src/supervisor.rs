@@ -6,28 +6,25 @@
 //! Not here: the order of a handover (`protocol.rs`) and taking over from a predecessor (`recovery.rs`).
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::io::{PipeReader, PipeWriter};
+use std::io::PipeReader;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout};
-use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, NamedFd, ServiceGround};
+use warmswap_backend::{Backend, ContainerId, ContainerState, Limits, ServiceGround};
 use warmswap_model::{Generation, ServiceFile, ServiceName, with_causes};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
-use warmswap_transfer::message::{
-    Commit, ConnectionRecord, Message as _, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
-};
+use warmswap_transfer::message::{Commit, Message as _, ToService};
 use warmswap_transfer::ownership::OwnershipLock;
 
 use crate::conditions::Conditions;
+use crate::errand::Errand;
 use crate::error::{HandoverError, LogTail};
 use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
-use crate::member::{Greeting, Member, MemberStatus, Role};
-use crate::moved::state_move;
+use crate::member::{Member, MemberStatus, Role};
 use crate::notify::FdStore;
 use crate::steps::{Step, Steps};
 
@@ -39,14 +36,10 @@ pub(crate) const KEPT_PAGE: &str = "control-page";
 pub(crate) const KEPT_OWNERSHIP: &str = "ownership-page";
 pub(crate) const KEPT_SEGMENT: &str = "segment-";
 
-/// Most segments one service may have at a time; with the usual 16 MiB segments this is 64 GiB.
-const SEGMENTS_MAX: usize = 4096;
 /// How long a resumed or promoted process may take to say that it serves.
 pub(crate) const OWNED_TIME_MAX: Duration = Duration::from_secs(5);
-/// How often a wait looks whether those it waits for are stopped.
+/// How often a wait looks whether those it waits for are stopped, and whether somebody wants to call it off.
 const STOPPED_LOOK: Duration = Duration::from_millis(100);
-/// A generation that sends this many messages that nobody understands is not listened to any more.
-const GARBLED_MAX: u32 = 16;
 
 /// What a generation said that a handover may wait for.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,8 +79,6 @@ pub struct Supervisor {
     pub(crate) members: BTreeMap<Generation, Member>,
     pub(crate) control: ControlPage,
     pub(crate) ownership: OwnershipLock,
-    /// Generations hold the reading end: when this process dies, the one that the control word names serves by itself.
-    pub(crate) lifeline: (PipeReader, PipeWriter),
     /// The state of the service: one duplicate of every living segment, for followers to come.
     pub(crate) segments: BTreeMap<u64, OwnedFd>,
     /// Cookies of the connections that followers hold duplicates of.
@@ -107,6 +98,10 @@ pub struct Supervisor {
     pub(crate) state_moved: u64,
     /// To be said once the service is back without its state.
     pub(crate) state_lost: Option<String>,
+    /// What a back end refused to do and is asked again.
+    pub(crate) errands: Vec<Errand>,
+    /// The wait that goes on may be called off.
+    pub(crate) cancellable: bool,
 }
 
 impl Supervisor {
@@ -167,7 +162,6 @@ impl Supervisor {
             members: BTreeMap::new(),
             control: ControlPage::create()?,
             ownership: OwnershipLock::create()?,
-            lifeline: std::io::pipe().map_err(|source| HandoverError::System { action: "make a pipe", source })?,
             segments: BTreeMap::new(),
             connections: HashSet::new(),
             stores: BTreeMap::new(),
@@ -181,6 +175,8 @@ impl Supervisor {
             last_trouble: None,
             state_moved: 0,
             state_lost: None,
+            errands: Vec::new(),
+            cancellable: false,
         })
     }
 
@@ -256,6 +252,7 @@ impl Supervisor {
         self.notices.clear(); // between handovers nobody waits for any
         self.watch_owner();
         self.end_drained();
+        self.run_errands();
         self.revive_owner();
     }
 
@@ -279,6 +276,11 @@ impl Supervisor {
         }
         if let Some(fallen) = self.fallen.take() {
             note(self.backend.destroy(&self.container(fallen)).map_err(Into::into));
+        }
+        for errand in std::mem::take(&mut self.errands) {
+            if let Errand::Destroy(generation) = errand {
+                note(self.backend.destroy(&self.container(generation)).map_err(Into::into));
+            }
         }
         self.members.clear();
         self.stores.clear();
@@ -398,6 +400,9 @@ impl Supervisor {
             {
                 return Err(self.obituary(*gone));
             }
+            if let Some(reason) = self.cancellable.then(|| self.conditions.cancelled(self.service())).flatten() {
+                return Err(Stop::new(reason));
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let involved: Vec<String> = involved.iter().map(Generation::to_string).collect();
@@ -429,245 +434,6 @@ impl Supervisor {
                 Stop::new(format!("{generation} {}", describe_exit(code, signal)))
             }
             _ => Stop::new(format!("{generation} closed its control channel")),
-        }
-    }
-
-    /// Reads everything that has arrived, waiting up to `timeout` for the first.
-    pub(crate) fn pump(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
-        self.pump_from(timeout, wake, false);
-    }
-
-    /// Also what programs say by the conventions of systemd, which nobody waits for in a blackout.
-    pub(crate) fn pump_and_hear(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>) {
-        self.pump_from(timeout, wake, true);
-        self.hear_all();
-    }
-
-    fn pump_from(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>, hear: bool) {
-        let generations: Vec<Generation> =
-            self.members.iter().filter(|(_, member)| !member.closed).map(|(generation, _)| *generation).collect();
-        {
-            let mut polled: Vec<PollFd<'_>> = generations
-                .iter()
-                .filter_map(|generation| self.members.get(generation))
-                .map(|member| PollFd::new(member.channel.as_fd(), PollFlags::POLLIN))
-                .collect();
-            polled.extend(wake.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-            let spoken = self.members.values().filter(|_| hear).filter_map(|member| member.spoken.socket());
-            polled.extend(spoken.map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
-            // Rounded up, or the last millisecond of a wait would spin.
-            let ms = timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
-            let _ = nix::poll::poll(&mut polled, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX));
-        }
-        for generation in generations {
-            self.read_all(generation);
-        }
-    }
-
-    pub(crate) fn read_all(&mut self, generation: Generation) {
-        while self.read_one(generation) {
-            // Only now: an agent that dies while it deals with a message leaves it to the next one. What an owner says of a
-            // segment it says once.
-            if let Some(member) = self.members.get_mut(&generation) {
-                member.channel.consume();
-            }
-        }
-    }
-
-    /// Deals with the next message of a generation; false when there is none.
-    fn read_one(&mut self, generation: Generation) -> bool {
-        let Some(member) = self.members.get_mut(&generation) else { return false };
-        match member.channel.try_peek() {
-            Ok(None) => false,
-            Ok(Some((message, fds))) => {
-                self.route(generation, message, fds);
-                true
-            }
-            Err(error @ ChannelError::DescriptorsLost { connections: true, .. }) => {
-                // Who follows lacks them now; a later one may not. The generation serves on either way.
-                self.members.values_mut().filter(|m| m.follows()).for_each(|m| m.informed = false);
-                let what = format!("sent connections that the agent could not take: {}", with_causes(&error));
-                self.notices.push_back((generation, Notice::Failed { what }));
-                true
-            }
-            Err(error) if error.is_of_one_message() && member.garbled < GARBLED_MAX => {
-                member.garbled += 1;
-                let what = format!("sent what is no message: {}", with_causes(&error));
-                tracing::warn!("{generation} of {} {what}", self.record.file.name);
-                self.notices.push_back((generation, Notice::Failed { what }));
-                true
-            }
-            Err(error) => {
-                member.closed = true;
-                if !matches!(error, ChannelError::Closed) {
-                    let what = format!("broke the control protocol: {}", with_causes(&error));
-                    tracing::warn!("{generation} of {} {what}", self.record.file.name);
-                    self.notices.push_back((generation, Notice::Failed { what }));
-                }
-                self.notices.push_back((generation, Notice::Closed));
-                false
-            }
-        }
-    }
-
-    fn route(&mut self, from: Generation, message: ToSupervisor, fds: Vec<OwnedFd>) {
-        self.steps.take(Step::Hear(from, message.name()));
-        if let Some(member) = self.members.get_mut(&from) {
-            member.spoken.begin_watch();
-        }
-        let notice = match message {
-            ToSupervisor::Hello { protocol, schemas_read, schema_written, state, .. } => {
-                let state = state_move(state);
-                self.welcome(from, protocol, Greeting { schemas_read, schema_written, state })
-            }
-            ToSupervisor::Ready => {
-                if let Some(member) = self.members.get_mut(&from) {
-                    member.ready = true;
-                }
-                Some(Notice::Ready)
-            }
-            // Only the owner has anything to say about state and connections; whoever else tries is not heard.
-            ToSupervisor::Segment { index } if self.speaks_for_service(from) && self.copies_state(from) => {
-                self.pass_segment(index, &fds);
-                None
-            }
-            ToSupervisor::Segment { index } if self.speaks_for_service(from) => self.keep_segment(index, fds),
-            ToSupervisor::StateMoved { bytes } if self.speaks_for_service(from) => {
-                self.state_moved = bytes;
-                None
-            }
-            ToSupervisor::SegmentRetired { index } if self.speaks_for_service(from) => {
-                self.drop_segment(index);
-                None
-            }
-            ToSupervisor::Connections { records } if self.speaks_for_service(from) => {
-                self.forward_connections(records, &fds)
-            }
-            ToSupervisor::ConnectionsClosed { cookies } if self.speaks_for_service(from) => {
-                for cookie in &cookies {
-                    self.connections.remove(cookie);
-                }
-                self.forward(&ToService::ConnectionsClosed { cookies }, &[]);
-                None
-            }
-            ToSupervisor::Segment { .. }
-            | ToSupervisor::SegmentRetired { .. }
-            | ToSupervisor::StateMoved { .. }
-            | ToSupervisor::Connections { .. }
-            | ToSupervisor::ConnectionsClosed { .. } => {
-                tracing::warn!("{from} of {} is not the owner; its message is dropped", self.record.file.name);
-                None
-            }
-            ToSupervisor::CaughtUp { round, commit, connections } => {
-                Some(Notice::CaughtUp { round, commit, connections })
-            }
-            ToSupervisor::Yielded { handover, commit, connections_open } => {
-                Some(Notice::Yielded { handover, commit, connections_open })
-            }
-            ToSupervisor::Owned { handover, connections } => Some(Notice::Owned { handover, connections }),
-            ToSupervisor::Drained => None, // its exit follows, and that is what counts
-            ToSupervisor::Failed { what } => {
-                // A follower that could not follow lacks something of what an owner needs.
-                if let Some(member) = self.members.get_mut(&from).filter(|member| member.follows()) {
-                    member.informed = false;
-                }
-                Some(Notice::Failed { what })
-            }
-        };
-        if let Some(notice) = notice {
-            self.notices.push_back((from, notice));
-        }
-    }
-
-    /// The owner, or the generation that the control word has just made owner.
-    fn speaks_for_service(&self, from: Generation) -> bool {
-        self.control.load().owner == from.0
-    }
-
-    fn welcome(&mut self, from: Generation, protocol: u32, greeting: Greeting) -> Option<Notice> {
-        if protocol != PROTOCOL_VERSION {
-            let what = format!("speaks version {protocol} of the control protocol, this agent {PROTOCOL_VERSION}");
-            return Some(Notice::Failed { what });
-        }
-        let service = self.record.file.name.to_string();
-        let message = ToService::Welcome { service, generation: from.0, owner: false };
-        let member = self.members.get_mut(&from)?;
-        member.greeting = Some(greeting);
-        if let Err(error) = member.channel.send(&message, &pages(&self.control, &self.ownership, &self.lifeline.0)) {
-            return Some(Notice::Failed { what: with_causes(&error) });
-        }
-        // It took so long to join that it was made owner as a program that does not know us.
-        if self.owner() == Some(from) && self.speaks_for_service(from) {
-            let told = self.send_segments(from).and_then(|_| self.tell_own(from, 0, None, None, false));
-            return told.err().map(|stop| Notice::Failed { what: stop.reason });
-        }
-        None
-    }
-
-    fn keep_segment(&mut self, index: u64, fds: Vec<OwnedFd>) -> Option<Notice> {
-        let fd = fds.into_iter().next()?;
-        if self.segments.len() >= SEGMENTS_MAX {
-            return Some(Notice::Failed { what: format!("has more than {SEGMENTS_MAX} segments of state") });
-        }
-        self.forward(&ToService::Segment { index }, &[fd.as_fd()]);
-        for member in self.members.values().filter(|member| member.role != Role::Draining) {
-            let kept = fd.try_clone().map_err(|source| HandoverError::System { action: "duplicate a segment", source });
-            let kept = kept.and_then(|fd| {
-                let name = format!("{KEPT_SEGMENT}{index}");
-                self.backend.keep_fd(&member.id, NamedFd { name, fd }).map_err(HandoverError::from)
-            });
-            if let Err(error) = kept {
-                tracing::warn!("segment {index} of {} is not kept for a crash: {}", member.id, with_causes(&error));
-            }
-        }
-        self.segments.insert(index, fd);
-        None
-    }
-
-    fn drop_segment(&mut self, index: u64) {
-        self.segments.remove(&index);
-        self.forward(&ToService::SegmentRetired { index }, &[]);
-        for member in self.members.values() {
-            if let Err(error) = self.backend.drop_kept_fd(&member.id, &format!("{KEPT_SEGMENT}{index}")) {
-                tracing::warn!("{}", with_causes(&error));
-            }
-        }
-    }
-
-    /// Passes connections on to the followers, after comparing each with its own descriptor. The supervisor's
-    /// duplicates close when `fds` is dropped, or a client would never see the end of its connection.
-    fn forward_connections(&mut self, records: Vec<ConnectionRecord>, fds: &[OwnedFd]) -> Option<Notice> {
-        let attached = records.iter().filter(|record| record.attached);
-        for (record, fd) in attached.zip(fds) {
-            match socket_cookie(fd.as_fd()) {
-                Ok(cookie) if cookie == record.cookie => {
-                    self.connections.insert(cookie);
-                }
-                other => {
-                    let what = format!("sent a descriptor with cookie {other:?} for connection {}", record.cookie);
-                    return Some(Notice::Failed { what });
-                }
-            }
-        }
-        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-        self.forward(&ToService::Connections { records }, &borrowed);
-        None
-    }
-
-    pub(crate) fn forward(&mut self, message: &ToService, fds: &[BorrowedFd<'_>]) {
-        for member in self.members.values_mut().filter(|member| member.follows()) {
-            self.steps.take(Step::Tell(member.id.generation, message.name()));
-            if let Err(error) = member.channel.send(message, fds) {
-                let notice = match error {
-                    ChannelError::Closed => Notice::Closed,
-                    error => {
-                        member.informed = false;
-                        let what = format!("cannot be told what the owner does: {}", with_causes(&error));
-                        Notice::Failed { what }
-                    }
-                };
-                self.notices.push_back((member.id.generation, notice));
-            }
         }
     }
 }

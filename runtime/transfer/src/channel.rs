@@ -25,6 +25,8 @@ pub const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Room for messages that wait for the other side, bytes; the kernel doubles it and takes about 1 KiB a message. While
 /// no agent runs, a service announces its new segments here; should it die then, those that did not fit would be lost.
 const WAITING_LEN: libc::c_int = 1 << 20;
+/// More packets than fit [`WAITING_LEN`], however short they are.
+const WAITING_MAX: usize = 4096;
 
 /// Why a message was not sent or received. Where it [concerns one message](Self::is_of_one_message) the conversation can
 /// go on without it.
@@ -286,6 +288,17 @@ impl<Out: Message, In: Message> Channel<Out, In> {
             return Err(ChannelError::DescriptorCount { expected, got: descriptors.len() });
         }
         Ok(Some((message, descriptors)))
+    }
+
+    /// Ends the conversation for both sides, whoever else holds an end, and closes the descriptors that are still on their
+    /// way: they count against every process of the same user.
+    pub fn hang_up(&mut self) {
+        // SAFETY: plain system call on an owned descriptor.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+        // A packet of no bytes looks like the end, so the end cannot be told.
+        for _ in 0..WAITING_MAX {
+            let _ = self.try_recv();
+        }
     }
 
     /// The next message, waiting up to `timeout`; `None` when none came.

@@ -56,6 +56,8 @@ pub enum SegmentError {
     },
     #[error("segment {index} is not sealed against shrinking")]
     NotSealed { index: u64 },
+    #[error("segment {index} is no ordinary memory file")]
+    NotMemory { index: u64 },
     #[error("segment {index} is {len} bytes long, which no segment is")]
     Length { index: u64, len: u64 },
     #[error("what came as segment {index} is none: {why}")]
@@ -153,9 +155,51 @@ fn length_is_possible(len: u64) -> bool {
 /// Which segment of a log this memory file is; `None` when it is none, or has no place in a log yet.
 #[must_use]
 pub fn segment_index(fd: BorrowedFd<'_>) -> Option<u64> {
+    // Nothing but memory has seals, and only of memory is it certain that reading does not wait.
+    sys::seals(fd).ok()?;
+    read_header(fd).ok().and_then(|bytes| Header::parse(&bytes).ok()).map(|header| header.index)
+}
+
+fn read_header(fd: BorrowedFd<'_>) -> io::Result<[u8; HEADER_LEN]> {
     let mut bytes = [0; HEADER_LEN];
-    File::from(fd.try_clone_to_owned().ok()?).read_exact_at(&mut bytes, 0).ok()?;
-    Header::parse(&bytes).ok().map(|header| header.index)
+    File::from(fd.try_clone_to_owned()?).read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Whether this can be segment `index`, without mapping it: for a supervisor, which keeps and forwards segments of others
+/// and must not be handed a file that is none.
+///
+/// # Errors
+/// As [`Segment::open`], but for schema and commit.
+pub fn check_segment(fd: BorrowedFd<'_>, index: u64) -> Result<Header, SegmentError> {
+    let len = check_memory(fd, index)?;
+    let bytes = read_header(fd).map_err(|source| SegmentError::System { what: "read", len, source })?;
+    check_header(&bytes, index, len)
+}
+
+/// Its length, once it is certain that it can neither shrink nor lack memory.
+fn check_memory(fd: BorrowedFd<'_>, index: u64) -> Result<u64, SegmentError> {
+    let seals = sys::seals(fd).map_err(|_| SegmentError::NotSealed { index })?;
+    if seals & libc::F_SEAL_SHRINK == 0 {
+        return Err(SegmentError::NotSealed { index });
+    }
+    // One of huge pages raises SIGBUS when the host has none left.
+    if !sys::is_tmpfs(fd).map_err(|source| SegmentError::System { what: "look at", len: 0, source })? {
+        return Err(SegmentError::NotMemory { index });
+    }
+    let len = sys::len(fd).map_err(|source| SegmentError::System { what: "measure", len: 0, source })?;
+    if length_is_possible(len) { Ok(len) } else { Err(SegmentError::Length { index, len }) }
+}
+
+fn check_header(bytes: &[u8; HEADER_LEN], index: u64, len: u64) -> Result<Header, SegmentError> {
+    let header = Header::parse(bytes).map_err(|why| SegmentError::Foreign { index, why })?;
+    if header.len != len {
+        return Err(SegmentError::Length { index, len });
+    }
+    if header.index != index {
+        return Err(SegmentError::WrongIndex { index, found: header.index });
+    }
+    Ok(header)
 }
 
 /// A segment whose pages exist and that has no place in a log yet.
@@ -204,14 +248,7 @@ impl Segment {
     /// # Errors
     /// Everything that could make reading it unsound is refused.
     pub fn open(fd: OwnedFd, index: u64, schemas_read: &[u32]) -> Result<Self, SegmentError> {
-        let seals = sys::seals(fd.as_fd()).map_err(|_| SegmentError::NotSealed { index })?;
-        if seals & libc::F_SEAL_SHRINK == 0 {
-            return Err(SegmentError::NotSealed { index });
-        }
-        let len = sys::len(fd.as_fd()).map_err(|source| SegmentError::System { what: "measure", len: 0, source })?;
-        if !length_is_possible(len) {
-            return Err(SegmentError::Length { index, len });
-        }
+        let len = check_memory(fd.as_fd(), index)?;
         let map = Mapping::new(fd.as_fd(), len as usize, false).map_err(|source| SegmentError::System {
             what: "map",
             len,
@@ -220,13 +257,7 @@ impl Segment {
         let mut bytes = [0; HEADER_LEN];
         // SAFETY: the mapping is longer than a header and cannot shrink; the copy is private from here on.
         unsafe { std::ptr::copy_nonoverlapping(map.as_ptr(), bytes.as_mut_ptr(), HEADER_LEN) };
-        let header = Header::parse(&bytes).map_err(|why| SegmentError::Foreign { index, why })?;
-        if header.len != len {
-            return Err(SegmentError::Length { index, len });
-        }
-        if header.index != index {
-            return Err(SegmentError::WrongIndex { index, found: header.index });
-        }
+        let header = check_header(&bytes, index, len)?;
         if !schemas_read.contains(&header.schema) {
             return Err(SegmentError::Schema { index, schema: header.schema, read: schemas_read.to_vec() });
         }
@@ -370,7 +401,28 @@ mod tests {
         let refused = Segment::open(blank, 0, &[3]);
         assert!(matches!(refused, Err(SegmentError::Foreign { why: HeaderError::Magic, .. })), "{refused:?}");
         let pipe = std::io::pipe().unwrap().0;
+        assert!(matches!(check_segment(pipe.as_fd(), 0), Err(SegmentError::NotSealed { .. })));
+        assert_eq!(segment_index(pipe.as_fd()), None, "and did not wait for somebody to write");
         assert!(matches!(Segment::open(pipe.into(), 0, &[3]), Err(SegmentError::NotSealed { .. })));
+    }
+
+    #[test]
+    fn a_supervisor_takes_the_same_for_a_segment_as_a_follower() {
+        let ours = segment(5);
+        assert_eq!(check_segment(ours.as_fd(), 5).unwrap(), *ours.header());
+        assert!(matches!(check_segment(ours.as_fd(), 6), Err(SegmentError::WrongIndex { found: 5, .. })));
+        let endless = sys::memfd(c"x", i64::MAX as u64).unwrap();
+        sys::add_seals(endless.as_fd(), SEALS).unwrap();
+        assert!(matches!(check_segment(endless.as_fd(), 0), Err(SegmentError::Length { .. })));
+        // SAFETY: a valid name; the result is checked.
+        let huge = unsafe { libc::memfd_create(c"x".as_ptr(), libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB) };
+        if huge >= 0 {
+            use std::os::fd::FromRawFd;
+            // SAFETY: just made, owned by nobody else.
+            let huge = unsafe { OwnedFd::from_raw_fd(huge) };
+            sys::add_seals(huge.as_fd(), libc::F_SEAL_SHRINK).unwrap();
+            assert!(matches!(check_segment(huge.as_fd(), 0), Err(SegmentError::NotMemory { .. })));
+        }
     }
 
     #[test]

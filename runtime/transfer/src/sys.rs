@@ -35,6 +35,15 @@ pub(crate) fn seals(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })
 }
 
+/// An ordinary memory file, or another file of such a file system.
+pub(crate) fn is_tmpfs(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    // SAFETY: an all-zero statfs is a valid value of this plain C struct.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `found` outlives the call.
+    check(unsafe { libc::fstatfs(fd.as_raw_fd(), &raw mut found) })?;
+    Ok(found.f_type == libc::TMPFS_MAGIC)
+}
+
 /// Size in bytes as `fstat` says.
 pub(crate) fn len(fd: BorrowedFd<'_>) -> io::Result<u64> {
     // SAFETY: an all-zero stat is a valid value of this plain C struct.

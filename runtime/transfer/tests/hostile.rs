@@ -86,6 +86,22 @@ fn refused_messages_leak_no_descriptor() {
 }
 
 #[test]
+fn what_waits_when_the_conversation_is_ended_is_closed() {
+    let (mut ours, mut theirs) = SupervisorChannel::pair().unwrap();
+    let file = marked_file(c"waits");
+    for _ in 0..100 {
+        raw_send(theirs.as_fd(), b"", &[]);
+        raw_send(theirs.as_fd(), b"nonsense", &[file.as_raw_fd(); 253]);
+    }
+    let again = file.try_clone().unwrap();
+    drop(file);
+    ours.hang_up();
+    assert_eq!(references(&again), 1);
+    assert!(matches!(theirs.try_recv(), Err(ChannelError::Closed)));
+    assert!(matches!(theirs.send(&ToSupervisor::Ready, &[]), Err(ChannelError::Closed)));
+}
+
+#[test]
 fn oversized_and_empty_messages_are_refused() {
     let (mut ours, theirs) = SupervisorChannel::pair().unwrap();
     raw_send(theirs.as_fd(), &vec![0; MESSAGE_LEN_MAX + 1], &[]);

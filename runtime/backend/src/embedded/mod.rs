@@ -23,6 +23,8 @@ use service::remove_netns;
 pub(crate) use sockets::remove_all as remove_sockets;
 pub(crate) use user::identity;
 pub(crate) use wire::bind_at;
+#[cfg(fuzzing)]
+pub use wire::fuzz_wire;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

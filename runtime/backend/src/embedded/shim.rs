@@ -514,17 +514,22 @@ impl Shim {
     }
 
     /// The container writes to the file itself, so that neither a slow nor a dead shim can stop it; lines written
-    /// between the copy and the cut are lost.
+    /// between the copy and the cut are lost. It can also make the file as long as it likes, without writing any of it: of
+    /// a longer one the end is what counts.
     fn cap_log(&self) {
         if self.init_pidfd.is_none() || !fs::metadata(&self.log).is_ok_and(|m| m.len() > LOG_BYTES_MAX) {
             return;
         }
         let mut older = self.log.clone().into_os_string();
         older.push(".1");
-        if let Err(error) = fs::copy(&self.log, &older)
-            .and_then(|_| OpenOptions::new().write(true).open(&self.log))
-            .and_then(|file| file.set_len(0))
-        {
+        let moved = || -> io::Result<()> {
+            let mut log = OpenOptions::new().read(true).write(true).open(&self.log)?;
+            let begin = log.metadata()?.len().saturating_sub(2 * LOG_BYTES_MAX);
+            io::Seek::seek(&mut log, io::SeekFrom::Start(begin))?;
+            io::copy(&mut io::Read::take(&log, 2 * LOG_BYTES_MAX), &mut File::create(&older)?)?;
+            log.set_len(0)
+        };
+        if let Err(error) = moved() {
             eprintln!("cannot cut the log: {error}");
         }
     }

@@ -229,6 +229,23 @@ fn with_short_path<T>(folder: &Path, name: &str, f: impl FnOnce(&Path) -> io::Re
     f(Path::new(&format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())))
 }
 
+/// For the fuzz target: `bytes` as a packet that a peer sent, taken for each kind of message.
+#[cfg(fuzzing)]
+pub fn fuzz_wire(bytes: &[u8]) {
+    fn take<T: DeserializeOwned>(bytes: &[u8]) {
+        let Ok((ours, theirs)) = Channel::pair() else { return };
+        if nix::sys::socket::send(theirs.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT).is_ok() {
+            let _ = ours.receive::<T>();
+        }
+    }
+    take::<BootFds>(bytes);
+    take::<Request>(bytes);
+    take::<Reply>(bytes);
+    take::<GroundRequest>(bytes);
+    take::<GroundReply>(bytes);
+    take::<ShimRecord>(bytes);
+}
+
 /// What a shim writes down about itself, so that its container can be found and ended without it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ShimRecord {

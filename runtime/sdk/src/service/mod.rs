@@ -131,8 +131,9 @@ impl Link {
 
     fn supervisor_is_dead(&self) -> bool {
         let mut entry = libc::pollfd { fd: self.shared.supervisor.as_raw_fd(), events: 0, revents: 0 };
-        // SAFETY: one live entry. Nothing is ever written, so whatever is reported is the end of the other side.
-        unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
+        // SAFETY: one live entry.
+        let reported = unsafe { libc::poll(&raw mut entry, 1, 0) == 1 };
+        reported && entry.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0
     }
 }
 
