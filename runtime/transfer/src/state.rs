@@ -20,6 +20,12 @@ pub trait State {
     /// Schemas this program reads, and the one it writes.
     fn schemas(&self) -> (Vec<u32>, u32);
 
+    /// Older schemas that this program can write as well as the one it writes: a generation that writes one of them can
+    /// follow it, and take back over.
+    fn schemas_written_back(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// A segment arrived.
     ///
     /// # Errors
@@ -58,6 +64,22 @@ pub trait State {
 
     /// The descriptor of a segment that [`Self::take_notice`] named as new; `None` when it was retired since.
     fn segment_fd(&self, index: u64) -> Option<BorrowedFd<'_>>;
+
+    /// Nobody follows this owner (any more): what is written only for the sake of a follower need not be. True as long as
+    /// there is something to announce because of that.
+    fn let_followers_go(&mut self) -> bool {
+        false
+    }
+
+    /// Nothing may be acknowledged before every notice has left for the supervisor.
+    fn must_be_announced(&self) -> bool {
+        false
+    }
+
+    /// To the owner: every notice that was taken has left for the supervisor. True when there are more because of that.
+    fn announced(&mut self) -> bool {
+        false
+    }
 }
 
 /// For services whose connections move but that keep nothing else.
