@@ -1,6 +1,7 @@
 //! One process of a service: its role, and the conversation with the supervisor.
 
 mod connections;
+mod news;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -12,7 +13,7 @@ use warmswap_transfer::channel::{ChannelError, ServiceChannel};
 use warmswap_transfer::control::{ControlError, ControlView, ControlWord};
 use warmswap_transfer::log::LogError;
 use warmswap_transfer::message::{CARRY_LEN_MAX, Commit, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
-use warmswap_transfer::state::{SegmentNotice, State};
+use warmswap_transfer::state::State;
 
 use crate::environment::{self, Listener};
 use crate::outbox::Outbox;
@@ -187,8 +188,11 @@ impl<S: State> Service<S> {
     /// When the supervisor does not welcome this process.
     pub fn with_channel(state: S, listeners: Vec<Listener>, mut channel: ServiceChannel) -> Result<Self, SdkError> {
         let (schemas_read, schema_written) = state.schemas();
+        let schemas_written_back = state.schemas_written_back();
         let sdk = env!("CARGO_PKG_VERSION").to_owned();
-        channel.send(&ToSupervisor::Hello { protocol: PROTOCOL_VERSION, sdk, schemas_read, schema_written }, &[])?;
+        let protocol = PROTOCOL_VERSION;
+        let hello = ToSupervisor::Hello { protocol, sdk, schemas_read, schema_written, schemas_written_back };
+        channel.send(&hello, &[])?;
         let (welcome, fds) = channel.recv_timeout(WELCOME_TIME_MAX)?.ok_or(SdkError::NoWelcome)?;
         let ToService::Welcome { service: _, generation, owner } = welcome else {
             return Err(SdkError::Unexpected { got: name_of(&welcome) });
@@ -343,35 +347,6 @@ impl<S: State> Service<S> {
         self.connections.len()
     }
 
-    /// Publishes the state changed since the last call. Before any reply about it leaves.
-    ///
-    /// # Errors
-    /// When the conversation broke.
-    pub fn commit(&mut self) -> Result<Option<Commit>, SdkError> {
-        // The supervisor learns of a segment before anything in it is acknowledged.
-        while let Some(notice) = self.state.take_notice() {
-            self.announce(notice)?;
-        }
-        Ok(self.state.commit())
-    }
-
-    fn announce(&mut self, notice: SegmentNotice) -> Result<(), SdkError> {
-        if self.link.as_ref().is_none_or(|link| link.lost) {
-            return Ok(());
-        }
-        match notice {
-            SegmentNotice::New(index) => {
-                let Some(fd) = self.state.segment_fd(index) else { return Ok(()) };
-                let fd = fd
-                    .try_clone_to_owned()
-                    .map_err(|source| SdkError::System { what: "duplicate a segment", source })?;
-                self.tell(ToSupervisor::Segment { index }, vec![fd])
-            }
-            SegmentNotice::Retired(index) if self.outbox.forget_segment(index) => Ok(()),
-            SegmentNotice::Retired(index) => self.tell(ToSupervisor::SegmentRetired { index }, Vec::new()),
-        }
-    }
-
     /// After [`Event::Quiesce`]: this process has stopped serving. `carry` holds, for each connection that needs it, the
     /// unparsed input, unsent output and whatever else the successor must know, in the service's own encoding.
     ///
@@ -400,6 +375,7 @@ impl<S: State> Service<S> {
         }
         self.push_records(&records, Vec::new());
         self.state.become_follower();
+        self.announce_all()?;
         self.role = Role::Follower;
         self.follow = false;
         let word = self.link.as_ref().map_or_else(ControlWord::default, |link| link.page.load());
@@ -445,6 +421,9 @@ impl<S: State> Service<S> {
             self.follow_log();
         }
         self.outlive_supervisor();
+        if self.role == Role::Owner && !self.follow && self.state.let_followers_go() {
+            self.announce_all()?;
+        }
         self.send_some_connections()?;
         self.send_changes()?;
         self.answer_caught_up()?;
