@@ -312,7 +312,9 @@ mod tests {
 
     #[test]
     fn the_control_word_decides_when_the_supervisor_died_before_it_changed_it() {
-        let greeting = |schema| Some(Greeting { schemas_read: vec![schema], schema_written: schema });
+        let greeting = |schema| {
+            Some(Greeting { schemas_read: vec![schema], schema_written: schema, schemas_written_back: Vec::new() })
+        };
         let (_folder, path, mut journal) = fresh();
         journal.rewrite(&ServiceRecord { greeting: greeting(1), ..record() }).unwrap();
         journal.begin(7, Generation(1), Generation(2), &"v2".into(), &record()).unwrap();

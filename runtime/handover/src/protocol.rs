@@ -70,14 +70,8 @@ impl Supervisor {
         let result = self.phases(plan, &mut attempt);
         let (verdict, reason) = match result {
             Ok(()) => (Verdict::Committed, None),
-            Err(stop) if attempt.promoted && !self.is_dead(attempt.to) && !self.can_take_back(&attempt) => {
-                // Going back would end the only generation that serves.
-                let kept = format!(
-                    "{}; kept all the same, because {} {} and cannot take back",
-                    stop.reason,
-                    attempt.from,
-                    if self.is_dead(attempt.from) { "died" } else { "has not kept up" }
-                );
+            Err(stop) if attempt.promoted && self.must_be_kept(&attempt) => {
+                let kept = format!("{}; kept all the same, because {}", stop.reason, self.why_kept(&attempt));
                 let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
                 debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
                 (Verdict::Committed, Some(kept))
@@ -213,6 +207,9 @@ impl Supervisor {
             return Ok("nothing to copy: the program does not link the SDK".into());
         }
         let deadline = Instant::now() + Duration::from_secs_f64(self.record.file.handover.sync_s_max);
+        // What the owner has not said yet of its state comes before this answer: after a change of schema, that the older
+        // log is no part of it any more.
+        self.ask_caught_up(from, None, &[from, to], deadline)?;
         attempt.state_bytes = self.send_segments(to)?;
         self.connections.clear();
         attempt.undo.push(Undo::StopFollowing);
@@ -222,7 +219,18 @@ impl Supervisor {
         attempt.before = self.conditions.measure(&self.record.file.name, BASELINE);
         let rounds = self.catch_up(from, to, deadline)?;
         let mb = attempt.state_bytes as f64 / f64::from(1 << 20);
-        Ok(format!("{mb:.0} MiB of state mapped, {} connections, {rounds} rounds", self.connections.len()))
+        let mut said = format!("{mb:.0} MiB of state mapped, {} connections, {rounds} rounds", self.connections.len());
+        if attempt.rung == Rung::Full
+            && let (Some(old), Some(new)) = (self.greeting_of(from), self.greeting_of(to))
+            && old.schema_written != new.schema_written
+        {
+            said.push_str(&format!(", schema {} to {}", old.schema_written, new.schema_written));
+            if let Some(reason) = new.no_state_rollback(&old) {
+                said.push_str(&format!("; {reason}"));
+                attempt.lost.push(reason);
+            }
+        }
+        Ok(said)
     }
 
     /// Brings the follower to where the owner is, until what is left is small; returns how many rounds it took.
@@ -428,8 +436,10 @@ impl Supervisor {
                     }
                 }
             }
-            // A program without the SDK may have closed the channel it did not know.
-            if attempt.rung < Rung::Fds && self.is_dead(to) {
+            // Asked again, because a channel closes a moment before it is known that its process has died; and a program
+            // without the SDK may have closed the channel it did not know.
+            let closed = self.members.get(&to).is_none_or(|member| member.closed);
+            if (closed || attempt.rung < Rung::Fds) && self.is_dead(to) {
                 return Err(self.obituary(to));
             }
             if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
@@ -532,6 +542,25 @@ impl Supervisor {
                 self.tell_own(generation, attempt.handover, None, None, false)?;
                 self.await_owned(generation, attempt.handover).map(drop)
             }
+        }
+    }
+
+    /// Going back would end the only generation that serves, or lose what was acknowledged: the state has moved on to a schema
+    /// that the old generation cannot read, whether the new one lives or not.
+    fn must_be_kept(&mut self, attempt: &Attempt) -> bool {
+        self.pump(Duration::ZERO, None);
+        let outgrown = attempt.rung >= Rung::Fds && self.outgrown(attempt.from).is_some();
+        outgrown || (!self.is_dead(attempt.to) && !self.can_take_back(attempt))
+    }
+
+    fn why_kept(&self, attempt: &Attempt) -> String {
+        let from = attempt.from;
+        match self.outgrown(from) {
+            Some(schema) => {
+                format!("there is no state rollback: {from} cannot read what is written in schema {schema}")
+            }
+            None if self.is_dead(from) => format!("{from} died and cannot take back"),
+            None => format!("{from} has not kept up and cannot take back"),
         }
     }
 

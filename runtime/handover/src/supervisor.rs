@@ -18,6 +18,7 @@ use warmswap_model::{Generation, ServiceFile, ServiceName, with_causes};
 use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::control::{ControlPage, ControlWord};
 use warmswap_transfer::message::{Commit, ConnectionRecord, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie};
+use warmswap_transfer::segment::segment_schema;
 
 use crate::conditions::Conditions;
 use crate::error::{HandoverError, LogTail};
@@ -419,8 +420,8 @@ impl Supervisor {
 
     fn route(&mut self, from: Generation, message: ToSupervisor, fds: Vec<OwnedFd>) {
         let notice = match message {
-            ToSupervisor::Hello { protocol, schemas_read, schema_written, .. } => {
-                self.welcome(from, protocol, Greeting { schemas_read, schema_written })
+            ToSupervisor::Hello { protocol, schemas_read, schema_written, schemas_written_back, .. } => {
+                self.welcome(from, protocol, Greeting { schemas_read, schema_written, schemas_written_back })
             }
             ToSupervisor::Ready => {
                 if let Some(member) = self.members.get_mut(&from) {
@@ -496,6 +497,7 @@ impl Supervisor {
         if self.segments.len() >= SEGMENTS_MAX {
             return Some(Notice::Failed { what: format!("has more than {SEGMENTS_MAX} segments of state") });
         }
+        self.leave_behind(segment_schema(fd.as_fd()));
         self.forward(&ToService::Segment { index }, &[fd.as_fd()]);
         for member in self.members.values().filter(|member| member.role != Role::Draining) {
             let kept = fd.try_clone().map_err(|source| HandoverError::System { action: "duplicate a segment", source });
@@ -509,6 +511,24 @@ impl Supervisor {
         }
         self.segments.insert(index, fd);
         None
+    }
+
+    /// A follower that cannot read what the owner writes from now on does not follow any more.
+    fn leave_behind(&mut self, schema: Option<u32>) {
+        let Some(schema) = schema else { return };
+        for member in self.members.values_mut().filter(|member| member.follows()) {
+            if member.greeting.as_ref().is_some_and(|greeting| !greeting.schemas_read.contains(&schema)) {
+                tracing::info!("{} cannot read schema {schema} and is left behind", member.id);
+                member.informed = false;
+            }
+        }
+    }
+
+    /// The schema of the state, when this generation cannot read it.
+    pub(crate) fn outgrown(&self, generation: Generation) -> Option<u32> {
+        let greeting = self.members.get(&generation)?.greeting.as_ref()?;
+        let mut schemas = self.segments.values().filter_map(|fd| segment_schema(fd.as_fd()));
+        schemas.find(|schema| !greeting.schemas_read.contains(schema))
     }
 
     fn drop_segment(&mut self, index: u64) {
