@@ -3,11 +3,11 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use warmswap_sdk::transfer::log::LogError;
-use warmswap_sdk::transfer::store::{Map, Store};
+use warmswap_sdk::transfer::store::Store;
 
 use crate::Edition;
-use crate::record::{ArchivedSession, Session};
 use crate::resp;
+use crate::sessions::{Found, Sessions};
 
 /// What the connection does after a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(crate) enum After {
 #[derive(Debug)]
 pub(crate) struct Context<'a> {
     pub(crate) store: &'a mut Store,
-    pub(crate) sessions: Map<Session>,
+    pub(crate) sessions: Sessions,
     pub(crate) edition: Edition,
     pub(crate) now_ms: u64,
     pub(crate) about: About,
@@ -133,13 +133,13 @@ fn data_command(
 ) -> Result<bool, Refusal> {
     match (name, arguments) {
         (b"GET", [key]) => match live(context, key)? {
-            Some(session) => resp::bulk(out, &session.data),
+            Some(session) => resp::bulk(out, session.data),
             None => resp::null(out),
         },
         (b"SET", [key, value, options @ ..]) => set(context, key, value, options, out)?,
         (b"INCR", [key]) => {
             let (number, expires_at_ms) = match live(context, key)? {
-                Some(session) => (parse_integer(&session.data)?, session.expires_at_ms.to_native()),
+                Some(session) => (parse_integer(session.data)?, session.expires_at_ms),
                 None => (0, 0),
             };
             let number = number.checked_add(1).ok_or(Refusal::Overflow)?;
@@ -183,7 +183,7 @@ fn data_command(
             match live(context, key)? {
                 // Written by version 1, which does not know when: taken as just now.
                 Some(session) => {
-                    let since_ms = now_ms.saturating_sub(session.updated_ms().unwrap_or(now_ms));
+                    let since_ms = now_ms.saturating_sub(session.updated_ms.unwrap_or(now_ms));
                     resp::integer(out, i64::try_from(since_ms / 1000).unwrap_or(i64::MAX));
                 }
                 None => resp::null(out),
@@ -233,7 +233,7 @@ fn other_command(
 }
 
 /// The value of a key that has not expired; removes it when it has.
-fn live<'a>(context: &'a mut Context<'_>, key: &[u8]) -> Result<Option<&'a ArchivedSession>, LogError> {
+fn live<'a>(context: &'a mut Context<'_>, key: &[u8]) -> Result<Option<Found<'a>>, LogError> {
     if context.sessions.get(context.store, key).is_some_and(|session| session.is_expired(context.now_ms)) {
         context.sessions.remove(context.store, key)?;
     }
@@ -241,8 +241,8 @@ fn live<'a>(context: &'a mut Context<'_>, key: &[u8]) -> Result<Option<&'a Archi
 }
 
 fn put(context: &mut Context<'_>, key: &[u8], data: Vec<u8>, expires_at_ms: u64) -> Result<(), LogError> {
-    let tail = if context.edition.second { Session::tail_of(context.now_ms) } else { Vec::new() };
-    context.sessions.insert(context.store, key, &Session { data, expires_at_ms, tail }).map(drop)
+    let updated_ms = context.edition.second.then_some(context.now_ms);
+    context.sessions.put(context.store, key, data, expires_at_ms, updated_ms)
 }
 
 fn parse_integer(text: &[u8]) -> Result<i64, Refusal> {
@@ -283,7 +283,7 @@ fn set(
             _ => return Err(Refusal::Syntax),
         }
     }
-    let before = live(context, key)?.map(|session| session.expires_at_ms.to_native());
+    let before = live(context, key)?.map(|session| session.expires_at_ms);
     if (only_new && before.is_some()) || (only_old && before.is_none()) {
         resp::null(out);
         return Ok(());
@@ -306,25 +306,21 @@ fn expire(
     if amount > 0 && at.is_none() {
         return Err(Refusal::InvalidExpiry);
     }
-    let Some(session) = live(context, key)? else {
+    if live(context, key)?.is_none() {
         resp::integer(out, 0);
         return Ok(());
-    };
-    // The tail goes along, known or not: expiry is no change of the data.
-    let (data, tail) = (session.data.to_vec(), session.tail.to_vec());
-    match at.filter(|_| amount > 0) {
-        Some(expires_at_ms) => {
-            context.sessions.insert(context.store, key, &Session { data, expires_at_ms, tail })?;
-        }
-        None => drop(context.sessions.remove(context.store, key)?),
     }
+    match at.filter(|_| amount > 0) {
+        Some(expires_at_ms) => context.sessions.expire(context.store, key, expires_at_ms)?,
+        None => context.sessions.remove(context.store, key)?,
+    };
     resp::integer(out, 1);
     Ok(())
 }
 
 fn time_to_live(context: &mut Context<'_>, key: &[u8], unit_ms: u64, out: &mut Vec<u8>) -> Result<(), Refusal> {
     let now_ms = context.now_ms;
-    let left = match live(context, key)?.map(|session| session.expires_at_ms.to_native()) {
+    let left = match live(context, key)?.map(|session| session.expires_at_ms) {
         None => -2,
         Some(0) => -1,
         // Rounded as Redis does.

@@ -2,12 +2,14 @@
 //! cooperates fully with warmswap. State lives in a [`Store`](warmswap_sdk::transfer::store::Store), established
 //! connections move with their half-read requests and half-sent replies.
 //!
-//! Three programs are built from it, to be updated into one another:
+//! Five programs are built from it, to be updated into one another:
 //!
 //! * `session-store-v1`;
 //! * `session-store-v2`: one command more (`GETDEL`) and one field more in each record (when it was written last, shown by
 //!   `OBJECT IDLETIME`), readable by v1, see [`record`];
-//! * `session-store-v3`: v2 with a mistake in it: every command that touches data blocks for 0.4 ms.
+//! * `session-store-v3`: v2 with a mistake in it: every command that touches data blocks for 0.4 ms;
+//! * `session-store-v4`: v2 with another layout of its records, schema 2; reads schema 1 and can write it as well;
+//! * `session-store-v5`: v4 as it were without the way back to schema 1, so that an update to it cannot be rolled back.
 //!
 //! Not here: persistence on disk, replication, any data type but strings.
 
@@ -17,21 +19,30 @@ mod epoll;
 pub mod record;
 pub mod resp;
 mod server;
+mod sessions;
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context;
-use warmswap_sdk::transfer::log::LogConfig;
-use warmswap_sdk::transfer::store::Store;
 use warmswap_sdk::{Service, is_supervised};
 
-use crate::record::{SCHEMA, Session};
+use crate::sessions::Sessions;
 
 /// Where the store listens when nobody passes it a listener and no address is given.
 const ADDRESS_DEFAULT: &str = "127.0.0.1:6380";
 
-/// What distinguishes the three programs.
+/// In which layout an edition keeps its records, see [`record`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schema {
+    First,
+    /// `back`: it can write the first as well.
+    Second {
+        back: bool,
+    },
+}
+
+/// What distinguishes the programs.
 #[derive(Debug, Clone, Copy)]
 pub struct Edition {
     pub version: &'static str,
@@ -39,12 +50,15 @@ pub struct Edition {
     pub second: bool,
     /// How long every command on data blocks.
     pub delay: Duration,
+    pub schema: Schema,
 }
 
 impl Edition {
-    pub const V1: Self = Self { version: "1.0.0", second: false, delay: Duration::ZERO };
-    pub const V2: Self = Self { version: "2.0.0", second: true, delay: Duration::ZERO };
-    pub const V3: Self = Self { version: "3.0.0", second: true, delay: Duration::from_micros(400) };
+    pub const V1: Self = Self { version: "1.0.0", second: false, delay: Duration::ZERO, schema: Schema::First };
+    pub const V2: Self = Self { version: "2.0.0", second: true, ..Self::V1 };
+    pub const V3: Self = Self { version: "3.0.0", delay: Duration::from_micros(400), ..Self::V2 };
+    pub const V4: Self = Self { version: "4.0.0", schema: Schema::Second { back: true }, ..Self::V2 };
+    pub const V5: Self = Self { version: "5.0.0", schema: Schema::Second { back: false }, ..Self::V2 };
 }
 
 /// Runs until the process is told to end: as part of a warmswap service, with the listeners of `LISTEN_FDS` (TCP or unix
@@ -54,8 +68,7 @@ impl Edition {
 /// When the environment, the address or the memory cannot be used.
 pub fn run(edition: Edition) -> anyhow::Result<()> {
     let signal = server::termination_signals().context("cannot receive signals")?;
-    let mut state = Store::new(LogConfig::new(SCHEMA)).context("cannot prepare the state")?;
-    let sessions = state.map::<Session>("sessions")?;
+    let (state, sessions) = Sessions::prepare(edition).context("cannot prepare the state")?;
     let service = if is_supervised() || std::env::var_os("LISTEN_FDS").is_some() {
         warmswap_sdk::join(state).context("cannot join the service")?
     } else {

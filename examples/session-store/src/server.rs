@@ -13,15 +13,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use warmswap_sdk::transfer::message::LogPosition;
-use warmswap_sdk::transfer::store::{Map, Store};
+use warmswap_sdk::transfer::store::Store;
 use warmswap_sdk::{Event, Service};
 
 use crate::Edition;
 use crate::commands::{self, About, After, Context};
 use crate::connection::{Connection, OUTPUT_LEN_MAX, Outcome};
 use crate::epoll::{Epoll, Ready};
-use crate::record::Session;
 use crate::resp;
+use crate::sessions::Sessions;
 
 const TOKEN_CONTROL: u64 = u64::MAX;
 const TOKEN_SIGNAL: u64 = u64::MAX - 1;
@@ -41,7 +41,7 @@ const EXPIRY_WALK_LEN: usize = 256 << 10;
 
 pub(crate) struct Server {
     service: Service<Store>,
-    sessions: Map<Session>,
+    sessions: Sessions,
     edition: Edition,
     serving: Epoll,
     waiting: Epoll,
@@ -66,7 +66,7 @@ impl Server {
     /// `signal` is from [`termination_signals`].
     pub(crate) fn new(
         service: Service<Store>,
-        sessions: Map<Session>,
+        sessions: Sessions,
         edition: Edition,
         signal: OwnedFd,
     ) -> anyhow::Result<Self> {

@@ -12,6 +12,8 @@ use mini::{Client, Mini};
 
 const V1: &str = env!("CARGO_BIN_EXE_session-store-v1");
 const V2: &str = env!("CARGO_BIN_EXE_session-store-v2");
+const V4: &str = env!("CARGO_BIN_EXE_session-store-v4");
+const V5: &str = env!("CARGO_BIN_EXE_session-store-v5");
 
 #[test]
 fn state_and_connections_survive_an_update_and_its_rollback() {
@@ -49,6 +51,50 @@ fn state_and_connections_survive_an_update_and_its_rollback() {
     assert!(idle.ask("INFO").contains("session_store_version:2.0.0"));
     mini.retire_follower();
     assert_eq!(client.ask("INCR n"), ":4");
+    assert_eq!(mini.failures, [""; 0]);
+}
+
+#[test]
+fn a_change_of_schema_carries_the_state_and_its_rollback_what_was_written_since() {
+    let mut mini = Mini::start(V2);
+    let mut client = Client::new(mini.address());
+    for n in 0..1000 {
+        assert_eq!(client.ask(&format!("SET kept:{n} {n}")), "+OK");
+    }
+    assert_eq!(client.ask("SET short one EX 100"), "+OK");
+    for round in 1..=3 {
+        match round {
+            1 => mini.add_follower(V4),
+            _ => mini.catch_up(),
+        }
+        mini.switch(|| ());
+        assert!(client.ask("INFO").contains("session_store_version:4.0.0"));
+        assert_eq!(client.ask("GET kept:999"), "999");
+        assert_eq!(client.ask("OBJECT IDLETIME kept:1"), ":0");
+        assert_eq!(client.ask("INCR n"), format!(":{}", 2 * round - 1));
+        assert_eq!(client.ask("EXPIRE short 50"), ":1");
+        assert_eq!(client.ask("DEL kept:0"), if round == 1 { ":1" } else { ":0" });
+        // Back to version 2, in schema 1.
+        mini.catch_up();
+        mini.switch(|| ());
+        assert!(client.ask("INFO").contains("session_store_version:2.0.0"));
+        assert_eq!(client.ask("INCR n"), format!(":{}", 2 * round));
+        let ttl: i64 = client.ask("TTL short")[1..].parse().unwrap();
+        assert!((45..=50).contains(&ttl), "{ttl}");
+        assert_eq!(client.ask("EXISTS kept:0 kept:1"), ":1");
+        assert_eq!(client.ask("EXPIRE short 100"), ":1");
+    }
+    // For good: the old schema is not needed any more.
+    mini.catch_up();
+    mini.switch(|| ());
+    mini.retire_follower();
+    mini.unfollow();
+    assert_eq!(mini.schemas(), [2]);
+    mini.add_follower(V5);
+    mini.switch(|| ());
+    assert!(client.ask("INFO").contains("session_store_version:5.0.0"));
+    assert_eq!(client.ask("GET n"), "6");
+    assert_eq!(client.ask("DBSIZE"), ":1001");
     assert_eq!(mini.failures, [""; 0]);
 }
 

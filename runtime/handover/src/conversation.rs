@@ -11,7 +11,7 @@ use warmswap_transfer::channel::ChannelError;
 use warmswap_transfer::message::{
     ConnectionRecord, Message as _, PROTOCOL_VERSION, ToService, ToSupervisor, socket_cookie,
 };
-use warmswap_transfer::segment::check_segment;
+use warmswap_transfer::segment::{check_segment, segment_schema};
 
 use crate::errand::Errand;
 use crate::error::plain;
@@ -134,9 +134,9 @@ impl Supervisor {
             member.spoken.begin_watch();
         }
         let notice = match message {
-            ToSupervisor::Hello { protocol, schemas_read, schema_written, state, .. } => {
+            ToSupervisor::Hello { protocol, schemas_read, schema_written, schemas_written_back, state, .. } => {
                 let state = state_move(state);
-                self.welcome(from, protocol, Greeting { schemas_read, schema_written, state })
+                self.welcome(from, protocol, Greeting { schemas_read, schema_written, schemas_written_back, state })
             }
             ToSupervisor::Ready => {
                 if let Some(member) = self.members.get_mut(&from) {
@@ -253,6 +253,7 @@ impl Supervisor {
         if self.segments.len() >= SEGMENTS_MAX {
             return Some(Notice::Failed { what: format!("has more than {SEGMENTS_MAX} segments of state") });
         }
+        self.leave_behind(segment_schema(fd.as_fd()));
         self.forward(&ToService::Segment { index }, &[fd.as_fd()]);
         self.segments.insert(index, fd);
         let keepers = self.members.values().filter(|member| member.role != Role::Draining);

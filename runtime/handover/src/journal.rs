@@ -320,6 +320,7 @@ mod tests {
             Some(Greeting {
                 schemas_read: vec![schema],
                 schema_written: schema,
+                schemas_written_back: Vec::new(),
                 state: warmswap_model::StateMove::PreCopied,
             })
         };

@@ -21,6 +21,7 @@ mod steps;
 mod succession;
 mod supervisor;
 mod verify;
+mod way_back;
 
 pub use conditions::{Conditions, Judgement, Progress};
 pub use error::{HandoverError, LogTail};

@@ -29,6 +29,18 @@ pub struct Greeting {
     pub schema_written: u32,
     #[serde(default)]
     pub state: StateMove,
+    /// Older schemas that it writes as well while a generation follows it that needs them.
+    #[serde(default)]
+    pub schemas_written_back: Vec<u32>,
+}
+
+impl Greeting {
+    /// Why a generation that greeted as `old` did cannot take back over once this one has written; `None` when it can.
+    pub(crate) fn no_state_rollback(&self, old: &Self) -> Option<String> {
+        let (new, read) = (self.schema_written, &old.schemas_read);
+        let follows = read.contains(&new) || self.schemas_written_back.contains(&old.schema_written);
+        (!follows).then(|| format!("no state rollback: schema {new} is written, the generation before reads {read:?}"))
+    }
 }
 
 #[derive(Debug)]
@@ -80,4 +92,25 @@ pub struct MemberStatus {
     pub cooperates: bool,
     /// What it says of itself by `sd_notify`.
     pub says: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_comes_back_to_who_reads_what_is_written() {
+        let greeting = |schema_written, read: &[u32], back: &[u32]| Greeting {
+            schemas_read: read.to_vec(),
+            schema_written,
+            schemas_written_back: back.to_vec(),
+            state: StateMove::Resident,
+        };
+        let old = greeting(1, &[1], &[]);
+        assert_eq!(greeting(1, &[1], &[]).no_state_rollback(&old), None);
+        assert_eq!(greeting(2, &[1, 2], &[1]).no_state_rollback(&old), None);
+        assert_eq!(greeting(2, &[2], &[]).no_state_rollback(&greeting(1, &[1, 2], &[])), None);
+        let reason = greeting(2, &[1, 2], &[]).no_state_rollback(&old).unwrap();
+        assert_eq!(reason, "no state rollback: schema 2 is written, the generation before reads [1]");
+    }
 }

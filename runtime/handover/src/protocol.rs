@@ -37,9 +37,6 @@ const BASELINE: Duration = Duration::from_secs(10);
 const SWITCH_CPU_WEIGHT: u32 = 1000;
 /// SYNC repeats until a round adds nothing, at most this often.
 const SYNC_ROUNDS_MAX: u32 = 16;
-/// How long a generation that is worse than the old one may take to hand back. Far above the usual budget: it may be slow
-/// to finish what it has in flight, and ending it by force would cost its connections.
-const HAND_BACK_TIME_MAX: Duration = Duration::from_secs(2);
 /// How long COMMIT itself waits for the old generation; after that it drains beside the next handover.
 const COMMIT_WAIT: Duration = Duration::from_secs(1);
 
@@ -79,20 +76,11 @@ impl Supervisor {
             succeeded = Some(format!("{}; {} took over its state", stop.reason, attempt.to));
             self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a))
         });
-        let stays = match result {
-            Err(_) if attempt.promoted && !self.is_dead(attempt.to) => self.can_take_back(&attempt).err(),
-            _ => None,
-        };
-        let (verdict, reason) = match (result, stays) {
+        let kept = result.as_ref().err().and_then(|_| self.why_kept(&attempt));
+        let (verdict, reason) = match (result, kept) {
             (Ok(()), _) => (Verdict::Committed, succeeded),
-            (Err(stop), Some(why)) => {
-                // Going back would end the only generation that serves.
-                let from = attempt.from;
-                let became = if self.is_dead(from) { "died" } else { "has not kept up" };
-                let kept = format!(
-                    "{}; kept all the same, because {from} {became} and cannot take back ({})",
-                    stop.reason, why.reason
-                );
+            (Err(stop), Some(because)) => {
+                let kept = format!("{}; kept all the same, because {because}", stop.reason);
                 let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
                 debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
                 (Verdict::Committed, Some(kept))
@@ -244,6 +232,9 @@ impl Supervisor {
             return Ok(format!("{said}: the program does not link the SDK"));
         }
         let deadline = Instant::now() + Duration::from_secs_f64(self.record.file.handover.sync_s_max);
+        // What the owner has not said yet of its state comes before this answer: after a change of schema, that the older
+        // log is no part of it any more.
+        self.ask_caught_up(from, None, &[from, to], deadline)?;
         attempt.state_bytes = self.send_segments(to)?;
         self.state_moved = 0;
         self.connections.clear();
@@ -259,7 +250,9 @@ impl Supervisor {
         self.cancellable = false;
         let rounds = 1 + rounds?;
         let state = self.synced_state(attempt);
-        Ok(format!("{state}, {} connections, {rounds} rounds", self.connections.len()))
+        let mut said = format!("{state}, {} connections, {rounds} rounds", self.connections.len());
+        said.push_str(&self.schema_change(attempt));
+        Ok(said)
     }
 
     /// Brings the follower to where the owner is, until what is left is small; returns how many rounds it took.
@@ -467,7 +460,7 @@ impl Supervisor {
     }
 
     /// Whether a generation has heard of everything that it must have to own.
-    fn informed(&self, generation: Generation) -> Result<(), Stop> {
+    pub(crate) fn informed(&self, generation: Generation) -> Result<(), Stop> {
         if self.members.get(&generation).is_some_and(|member| member.informed) {
             return Ok(());
         }
@@ -544,26 +537,6 @@ impl Supervisor {
                 self.tell_own(generation, attempt.handover, None, None, false)?;
                 self.await_owned(generation, attempt.handover).map(drop)
             }
-        }
-    }
-
-    /// Whether the old generation lives and knows what it must know. When it is the new one that does not answer, what
-    /// the old one was told has to do.
-    fn can_take_back(&mut self, attempt: &Attempt) -> Result<(), Stop> {
-        let (from, to) = (attempt.from, attempt.to);
-        if self.is_dead(from) {
-            return Err(self.obituary(from));
-        }
-        if attempt.rung < Rung::Fds {
-            return Ok(());
-        }
-        let deadline = Instant::now() + HAND_BACK_TIME_MAX;
-        let newest = self.ask_caught_up(to, None, &[from, to], deadline);
-        self.informed(from)?;
-        match newest {
-            Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).map(drop),
-            Err(_) if self.is_dead(from) => Err(self.obituary(from)),
-            Err(_) => Ok(()),
         }
     }
 

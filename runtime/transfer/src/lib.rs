@@ -42,5 +42,5 @@ pub(crate) mod sync {
     #[cfg(loom)]
     pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
     #[cfg(not(loom))]
-    pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 }

@@ -49,6 +49,17 @@ impl LogConfig {
     pub fn new(schema: u32) -> Self {
         Self { segment_len: SEGMENT_LEN, spares: 1, schema_written: schema, schemas_read: vec![schema] }
     }
+
+    pub(crate) fn check(&self) -> Result<(), LogError> {
+        let len = self.segment_len;
+        if !(SEGMENT_LEN_MIN..=SEGMENT_LEN_MAX).contains(&len) || !len.is_multiple_of(4096) {
+            return Err(LogError::SegmentLength { len });
+        }
+        if !self.schemas_read.contains(&self.schema_written) {
+            return Err(LogError::SchemaNotRead { written: self.schema_written, read: self.schemas_read.clone() });
+        }
+        Ok(())
+    }
 }
 
 /// Why the log cannot be read or written. Every variant leaves the log as it was.
@@ -95,6 +106,8 @@ pub enum LogError {
     Behind { at: LogPosition, commit: LogPosition },
     #[error("the log ends at {at} here and where it was written, but what is alive differs")]
     Different { at: LogPosition },
+    #[error("all that has come is a log that its writer did not finish converting from an older schema")]
+    Unfinished,
     #[error("segment {index} was retired although {what}")]
     RetiredTooEarly { index: u64, what: &'static str },
     #[error("only the owner of the log can write it")]
@@ -192,14 +205,8 @@ impl LogReader {
     /// # Errors
     /// When the configuration is impossible or the thread for segments does not start.
     pub fn new(config: LogConfig) -> Result<Self, LogError> {
-        let len = config.segment_len;
-        if !(SEGMENT_LEN_MIN..=SEGMENT_LEN_MAX).contains(&len) || !len.is_multiple_of(4096) {
-            return Err(LogError::SegmentLength { len });
-        }
-        if !config.schemas_read.contains(&config.schema_written) {
-            return Err(LogError::SchemaNotRead { written: config.schema_written, read: config.schemas_read });
-        }
-        let pool = SegmentPool::start(len, config.spares)?;
+        config.check()?;
+        let pool = SegmentPool::start(config.segment_len, config.spares)?;
         Ok(Self { config, segments: Segments::default(), pool, position: LogPosition::default() })
     }
 
@@ -277,6 +284,13 @@ impl LogReader {
         self.pool.is_ready()
     }
 
+    /// Back to the beginning, to read everything again.
+    pub(crate) fn reread(&mut self) {
+        let first = self.segments.first();
+        self.position =
+            first.map_or_else(LogPosition::default, |segment| LogPosition { segment, offset: HEADER_LEN as u64 });
+    }
+
     /// Back to a position that [`Self::position`] gave, to read the same records again.
     pub(crate) fn rewind(&mut self, position: LogPosition) {
         self.position = position;
@@ -322,8 +336,28 @@ impl LogReader {
             end: position,
             committed: position,
             has_tail: continues,
+            first: 0,
+            staged: false,
             new: Vec::new(),
         })
+    }
+
+    /// Writes a log that is not the state yet, for this process alone: its segments count from `first`. Nothing may have
+    /// been read.
+    pub(crate) fn into_staging(self, first: u64) -> LogWriter {
+        let Self { config, segments, pool, position } = self;
+        debug_assert!(segments.count() == 0);
+        LogWriter {
+            config,
+            segments,
+            pool,
+            end: position,
+            committed: position,
+            has_tail: false,
+            first,
+            staged: true,
+            new: Vec::new(),
+        }
     }
 }
 
@@ -338,6 +372,9 @@ pub struct LogWriter {
     committed: LogPosition,
     /// The segment of `end` is ours to append to.
     has_tail: bool,
+    /// Index of the first segment, when there is none yet.
+    first: u64,
+    staged: bool,
     new: Vec<u64>,
 }
 
@@ -380,6 +417,16 @@ impl LogWriter {
     /// # Errors
     /// When the record is too long, or there is no memory for the next segment.
     pub fn append(&mut self, kind: RecordKind, tag: Tag, key: &[u8], value: &[u8]) -> Result<RecordAt, LogError> {
+        let (position, len) = self.reserve(key, value)?;
+        let header = record::encode_header(kind, tag, key, value);
+        let segment = self.segments.0.get_mut(&position.segment).ok_or(LogError::NotOwner)?;
+        segment.write(position.offset as usize, &[&header, value, key]);
+        self.end.offset += len as u64;
+        Ok(RecordAt { position, len })
+    }
+
+    /// Makes sure that the next append is of this record's size and cannot fail; says where it goes and how long it is.
+    pub(crate) fn reserve(&mut self, key: &[u8], value: &[u8]) -> Result<(LogPosition, usize), LogError> {
         if key.len() > record::KEY_LEN_MAX {
             return Err(LogError::KeyTooLong { len: key.len() });
         }
@@ -387,12 +434,7 @@ impl LogWriter {
         if len > self.record_len_max() {
             return Err(LogError::RecordTooLong { len, max: self.record_len_max() });
         }
-        let position = self.make_room(len)?;
-        let header = record::encode_header(kind, tag, key, value);
-        let segment = self.segments.0.get_mut(&position.segment).ok_or(LogError::NotOwner)?;
-        segment.write(position.offset as usize, &[&header, value, key]);
-        self.end.offset += len as u64;
-        Ok(RecordAt { position, len })
+        Ok((self.make_room(len)?, len))
     }
 
     /// Makes sure that `len` bytes fit at `end`, beginning a new segment if they do not.
@@ -409,9 +451,10 @@ impl LogWriter {
         if self.has_tail {
             self.commit();
         }
-        let index = if self.segments.count() == 0 { 0 } else { self.end.segment + 1 };
-        let previous_end = if self.segments.count() == 0 { 0 } else { self.end.offset };
-        self.segments.0.insert(index, blank.activate(index, self.config.schema_written, previous_end));
+        let empty = self.segments.count() == 0;
+        let (index, previous_end) = if empty { (self.first, 0) } else { (self.end.segment + 1, self.end.offset) };
+        let segment = blank.activate(index, self.config.schema_written, previous_end, self.staged);
+        self.segments.0.insert(index, segment);
         self.new.push(index);
         self.has_tail = true;
         self.end = LogPosition { segment: index, offset: HEADER_LEN as u64 };
@@ -428,6 +471,18 @@ impl LogWriter {
             self.committed = self.end;
         }
         self.committed
+    }
+
+    /// A staged log becomes the state: everything is published and announced. The oldest segment last, because it is the one
+    /// that a reader asks.
+    pub(crate) fn unstage(&mut self) {
+        self.staged = false;
+        self.segments.0.values().rev().for_each(Segment::unstage);
+    }
+
+    /// Drops another log where nobody waits for it.
+    pub(crate) fn discard(&self, log: impl Send + 'static) {
+        self.pool.discard(log);
     }
 
     /// Segments begun since the last call: their descriptors must reach the supervisor before anything in them is

@@ -111,7 +111,8 @@ pub enum ToService {
     Segment { index: u64 },
     /// The owner no longer needs segment `index`: follow up to what is committed, then unmap it.
     SegmentRetired { index: u64 },
-    /// To the owner. On: send every connection there is, then every change (`Connections`, `ConnectionsClosed`). Off: stop.
+    /// To the owner. On: send every connection there is, then every change (`Connections`, `ConnectionsClosed`). Off: stop;
+    /// nobody follows the state either, so that an owner which wrote an older schema for its follower moves on to its own.
     Follow { on: bool },
     /// To the follower. As many descriptors as records with `attached`.
     Connections { records: Vec<ConnectionRecord> },
@@ -143,12 +144,14 @@ pub enum ToService {
 /// From a process of the service to the supervisor.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 pub enum ToSupervisor {
-    /// The first message. `schema_written` is among the schemas the other generation must read.
+    /// The first message. `schema_written` is among the schemas the other generation must read. As long as it is followed,
+    /// this process goes on in the schema of the owner before it when that is among `schemas_written_back`.
     Hello {
         protocol: u32,
         sdk: String,
         schemas_read: Vec<u32>,
         schema_written: u32,
+        schemas_written_back: Vec<u32>,
         state: StateKind,
     },
     /// Initialised; could own as soon as it is told.

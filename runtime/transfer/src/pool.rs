@@ -6,14 +6,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::thread;
 use std::time::Duration;
 
-use crate::segment::{BlankSegment, Segment, SegmentError};
+use crate::segment::{BlankSegment, SegmentError};
 
 /// How long an append waits for a segment before it gives up: far longer than faulting one in takes.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
 enum Job {
     Make,
-    Drop(Segment),
+    Drop(Box<dyn Send>),
 }
 
 /// Keeps `spares` blank segments ready. The thread ends when the pool is dropped.
@@ -38,7 +38,7 @@ impl SegmentPool {
                             return;
                         }
                     }
-                    Job::Drop(segment) => drop(segment),
+                    Job::Drop(thing) => drop(thing),
                 }
             }
         };
@@ -86,8 +86,9 @@ impl SegmentPool {
         made
     }
 
-    pub(crate) fn discard(&self, segment: Segment) {
-        self.order(Job::Drop(segment));
+    /// Drops a segment, or something that holds segments, on the thread.
+    pub(crate) fn discard(&self, thing: impl Send + 'static) {
+        self.order(Job::Drop(Box::new(thing)));
     }
 
     /// How often [`Self::take`] had to wait.

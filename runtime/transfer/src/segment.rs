@@ -3,7 +3,7 @@
 //! ```text
 //!  byte  0        8         12        16       24        28       32       40           48            56       60
 //!  ┌────────┬─────────┬─────────┬────────┬─────────┬────────┬────────┬────────────┬─────────────┬────────┬────────┐
-//!  │ magic  │ version │ 0       │ index  │ schema  │ 0      │ len    │ created    │ previous    │ crc of │ 0      │
+//!  │ magic  │ version │ 0       │ index  │ schema  │ 0      │ len    │ created    │ previous    │ crc of │ staged │
 //!  │        │         │         │        │         │        │        │ (unix ms)  │ end         │ 0..56  │        │
 //!  ├────────┴─────────┴─────────┴────────┴─────────┴────────┴────────┴────────────┴─────────────┴────────┴────────┤
 //!  │ 64: commit, alone in its cache line                                                                          │
@@ -15,6 +15,10 @@
 //! All numbers are little-endian. `previous end` fences: it says where segment `index - 1` ends, whatever that segment's
 //! own commit says. A writer that lost the ownership without noticing can only publish records in its own segment past
 //! that point, and nobody reads them.
+//!
+//! `staged` is 1 in a segment of a log that a process converts from an older schema and that is not the state yet, else 0.
+//! It goes back to 0 when the new log is complete and everybody knows all of it, in the oldest segment last: so one store
+//! decides which of the two logs counts, whoever dies when.
 //!
 //! Who may write: every process that ever owned keeps its own segments mapped writable (sealing `F_SEAL_WRITE` is not
 //! possible while such a mapping exists, and undoing it would cost tens of milliseconds per GiB at the worst moment). A new
@@ -29,6 +33,7 @@ use std::os::unix::fs::FileExt as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::publication::CommitCell;
+use crate::sync::{AtomicU32, Ordering};
 use crate::sys::{self, Mapping};
 
 /// Bytes before the first record.
@@ -39,8 +44,9 @@ pub const SEGMENT_LEN_MAX: usize = 1 << 30;
 pub const SEGMENT_LEN_MIN: usize = 1 << 16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"WSWPLOG1");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const COMMIT_OFFSET: usize = 64;
+const STAGED_OFFSET: usize = 60;
 const CHECKED_LEN: usize = 56;
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
@@ -155,9 +161,22 @@ fn length_is_possible(len: u64) -> bool {
 /// Which segment of a log this memory file is; `None` when it is none, or has no place in a log yet.
 #[must_use]
 pub fn segment_index(fd: BorrowedFd<'_>) -> Option<u64> {
+    peek(fd).map(|(header, _)| header.index)
+}
+
+/// In which schema the records of this segment are written; `None` as with [`segment_index`].
+#[must_use]
+pub fn segment_schema(fd: BorrowedFd<'_>) -> Option<u32> {
+    peek(fd).map(|(header, _)| header.schema)
+}
+
+/// The header of a segment that is not mapped, and whether it is staged.
+pub(crate) fn peek(fd: BorrowedFd<'_>) -> Option<(Header, bool)> {
     // Nothing but memory has seals, and only of memory is it certain that reading does not wait.
     sys::seals(fd).ok()?;
-    read_header(fd).ok().and_then(|bytes| Header::parse(&bytes).ok()).map(|header| header.index)
+    let bytes = read_header(fd).ok()?;
+    let header = Header::parse(&bytes).ok()?;
+    Some((header, bytes[STAGED_OFFSET..STAGED_OFFSET + 4] != [0; 4]))
 }
 
 fn read_header(fd: BorrowedFd<'_>) -> io::Result<[u8; HEADER_LEN]> {
@@ -220,7 +239,7 @@ impl BlankSegment {
         Ok(Self { fd, map })
     }
 
-    pub(crate) fn activate(self, index: u64, schema: u32, previous_end: u64) -> Segment {
+    pub(crate) fn activate(self, index: u64, schema: u32, previous_end: u64, staged: bool) -> Segment {
         let created_unix_ms =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(0));
         let header = Header { index, schema, len: self.map.len() as u64, created_unix_ms, previous_end };
@@ -228,6 +247,7 @@ impl BlankSegment {
         // SAFETY: the mapping is writable, at least SEGMENT_LEN_MIN long, and no other process has its descriptor yet.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.map.as_ptr(), HEADER_LEN) };
         let segment = Segment { fd: self.fd, map: self.map, header, writable: true };
+        segment.staged_cell().store(staged.into(), Ordering::Release);
         segment.commit_cell().publish(HEADER_LEN as u64);
         segment
     }
@@ -290,6 +310,18 @@ impl Segment {
         // SAFETY: inside the mapping, aligned to 64 bytes because the mapping begins at a page, alive as long as
         // `self`; every process accesses it atomically only.
         unsafe { &*self.map.as_ptr().add(COMMIT_OFFSET).cast::<CommitCell>() }
+    }
+
+    fn staged_cell(&self) -> &AtomicU32 {
+        // SAFETY: inside the mapping, aligned to 4 bytes because the mapping begins at a page, alive as long as `self`;
+        // other processes read it with a system call.
+        unsafe { &*self.map.as_ptr().add(STAGED_OFFSET).cast::<AtomicU32>() }
+    }
+
+    /// From now on this segment is part of the state.
+    pub(crate) fn unstage(&self) {
+        debug_assert!(self.writable);
+        self.staged_cell().store(0, Ordering::Release);
     }
 
     /// Up to which byte records are whole.
@@ -361,7 +393,7 @@ mod tests {
     use super::*;
 
     fn segment(index: u64) -> Segment {
-        BlankSegment::create(SEGMENT_LEN_MIN).unwrap().activate(index, 3, 0)
+        BlankSegment::create(SEGMENT_LEN_MIN).unwrap().activate(index, 3, 0, false)
     }
 
     fn dup(segment: &Segment) -> OwnedFd {
@@ -378,6 +410,15 @@ mod tests {
         assert_eq!(segment_index(BlankSegment::create(SEGMENT_LEN_MIN).unwrap().fd.as_fd()), None);
         ours.publish(4096);
         assert_eq!(theirs.committed().unwrap(), 4096);
+    }
+
+    #[test]
+    fn a_staged_segment_says_so_until_it_is_part_of_the_state() {
+        let staged = BlankSegment::create(SEGMENT_LEN_MIN).unwrap().activate(1, 3, 0, true);
+        assert_eq!(peek(staged.as_fd()).map(|(header, staged)| (header.schema, staged)), Some((3, true)));
+        staged.unstage();
+        assert_eq!(peek(staged.as_fd()), Some((*staged.header(), false)));
+        assert_eq!(segment_schema(staged.as_fd()), Some(3));
     }
 
     #[test]

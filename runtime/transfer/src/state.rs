@@ -42,6 +42,12 @@ pub trait State {
     /// Schemas this program reads, and the one it writes.
     fn schemas(&self) -> (Vec<u32>, u32);
 
+    /// Older schemas that this program can write as well as the one it writes: a generation that writes one of them can
+    /// follow it, and take back over.
+    fn schemas_written_back(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// A segment arrived.
     ///
     /// # Errors
@@ -119,6 +125,22 @@ pub trait State {
     /// Bytes written for the present follower; 0 for a state that is shared.
     fn bytes_moved(&self) -> u64 {
         0
+    }
+
+    /// Nobody follows this owner (any more): what is written only for the sake of a follower need not be. True as long as
+    /// there is something to announce because of that.
+    fn let_followers_go(&mut self) -> bool {
+        false
+    }
+
+    /// Nothing may be acknowledged before every notice has left for the supervisor.
+    fn must_be_announced(&self) -> bool {
+        false
+    }
+
+    /// To the owner: every notice that was taken has left for the supervisor. True when there are more because of that.
+    fn announced(&mut self) -> bool {
+        false
     }
 }
 

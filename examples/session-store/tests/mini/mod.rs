@@ -20,6 +20,7 @@ use warmswap_sdk::transfer::channel::{ChannelError, SupervisorChannel};
 use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
 use warmswap_sdk::transfer::message::{Commit, ToService, ToSupervisor, socket_cookie};
 use warmswap_sdk::transfer::ownership::OwnershipLock;
+use warmswap_sdk::transfer::segment::segment_schema;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const LISTENER_FD: RawFd = 3;
@@ -209,6 +210,24 @@ impl Mini {
         assert!(follower.child.wait().unwrap().success());
     }
 
+    /// COMMIT: nobody follows the owner any more. Returns once it has drawn its conclusions.
+    pub fn unfollow(&mut self) {
+        self.owner.channel.send(&ToService::Follow { on: false }, &[]).unwrap();
+        self.round += 1;
+        let round = self.round;
+        self.owner.channel.send(&ToService::CaughtUp { round, commit: None }, &[]).unwrap();
+        self.wait_owner(|message| {
+            matches!(message, ToSupervisor::CaughtUp { round: of, .. } if *of == round).then_some(())
+        });
+    }
+
+    /// In which schemas the state is, each once.
+    pub fn schemas(&self) -> Vec<u32> {
+        let mut schemas: Vec<u32> = self.segments.values().filter_map(|fd| segment_schema(fd.as_fd())).collect();
+        schemas.dedup();
+        schemas
+    }
+
     /// Passes on whatever the owner has said.
     pub fn drain_owner(&mut self) {
         loop {
@@ -305,7 +324,7 @@ fn spawn(program: &str, listener: &TcpListener, welcome_fds: [BorrowedFd<'_>; 3]
     let child = command.spawn().unwrap();
     drop(theirs);
     let hello = channel.recv_timeout(PATIENCE).unwrap().expect("Hello").0;
-    assert!(matches!(hello, ToSupervisor::Hello { schema_written: 1, .. }), "{hello:?}");
+    assert!(matches!(hello, ToSupervisor::Hello { .. }), "{hello:?}");
     let welcome = ToService::Welcome { service: "test".into(), generation, owner: false };
     channel.send(&welcome, &welcome_fds).unwrap();
     let ready = channel.recv_timeout(PATIENCE).unwrap().expect("Ready").0;

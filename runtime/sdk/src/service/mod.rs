@@ -1,6 +1,7 @@
 //! One process of a service: its role, and the conversation with the supervisor.
 
 mod connections;
+mod news;
 mod ownership;
 mod state;
 
@@ -19,7 +20,7 @@ use warmswap_transfer::message::{
 };
 use warmswap_transfer::ownership::OwnershipLock;
 use warmswap_transfer::page::PageError;
-use warmswap_transfer::state::{Followed, SegmentNotice, State};
+use warmswap_transfer::state::{Followed, State};
 
 use crate::environment::{self, Listener};
 use crate::outbox::Outbox;
@@ -227,9 +228,17 @@ impl<S: State> Service<S> {
     /// When the supervisor does not welcome this process.
     pub fn with_channel(state: S, listeners: Vec<Listener>, mut channel: ServiceChannel) -> Result<Self, SdkError> {
         let (schemas_read, schema_written) = state.schemas();
+        let schemas_written_back = state.schemas_written_back();
         let sdk = env!("CARGO_PKG_VERSION").to_owned();
         let (protocol, state_kind) = (PROTOCOL_VERSION, state.kind());
-        let hello = ToSupervisor::Hello { protocol, sdk, schemas_read, schema_written, state: state_kind };
+        let hello = ToSupervisor::Hello {
+            protocol,
+            sdk,
+            schemas_read,
+            schema_written,
+            schemas_written_back,
+            state: state_kind,
+        };
         channel.send(&hello, &[])?;
         let (welcome, fds) = channel.recv_timeout(WELCOME_TIME_MAX)?.ok_or(SdkError::NoWelcome)?;
         let ToService::Welcome { service: _, generation, owner } = welcome else {
@@ -393,35 +402,6 @@ impl<S: State> Service<S> {
         self.connections.len()
     }
 
-    /// Publishes the state changed since the last call. Before any reply about it leaves.
-    ///
-    /// # Errors
-    /// When the conversation broke.
-    pub fn commit(&mut self) -> Result<Option<Commit>, SdkError> {
-        // The supervisor learns of a segment before anything in it is acknowledged.
-        while let Some(notice) = self.state.take_notice() {
-            self.announce(notice)?;
-        }
-        Ok(self.state.commit())
-    }
-
-    fn announce(&mut self, notice: SegmentNotice) -> Result<(), SdkError> {
-        if self.link.as_ref().is_none_or(|link| link.lost) {
-            return Ok(());
-        }
-        match notice {
-            SegmentNotice::New(index) => {
-                let Some(fd) = self.state.segment_fd(index) else { return Ok(()) };
-                let fd = fd
-                    .try_clone_to_owned()
-                    .map_err(|source| SdkError::System { what: "duplicate a segment", source })?;
-                self.tell(ToSupervisor::Segment { index }, vec![fd])
-            }
-            SegmentNotice::Retired(index) if self.outbox.forget_segment(index) => Ok(()),
-            SegmentNotice::Retired(index) => self.tell(ToSupervisor::SegmentRetired { index }, Vec::new()),
-        }
-    }
-
     /// After [`Event::Quiesce`]: this process has stopped serving. `carry` holds, for each connection that needs it, the
     /// unparsed input, unsent output and whatever else the successor must know, in the service's own encoding.
     ///
@@ -449,6 +429,7 @@ impl<S: State> Service<S> {
         self.push_records(&records, Vec::new());
         self.say_moved();
         self.state.become_follower();
+        self.announce_all()?;
         self.role = Role::Follower;
         self.follow = false;
         self.preparation = Preparation::default();
@@ -501,6 +482,9 @@ impl<S: State> Service<S> {
             self.follow_log();
         }
         self.outlive_supervisor();
+        if self.role == Role::Owner && !self.follow && self.state.let_followers_go() {
+            self.announce_all()?;
+        }
         self.prepare_state()?;
         // Each waits with a duplicate: what the supervisor does not read shall not use up this process's descriptors.
         if self.outbox.is_empty() {

@@ -15,7 +15,7 @@ use warmswap_sdk::transfer::ownership::OwnershipLock;
 use warmswap_sdk::transfer::precopy::{Precopied, Precopy};
 use warmswap_sdk::transfer::snapshot::{ArchivedShard, Snapshot, Snapshotted};
 use warmswap_sdk::transfer::state::{NoState, State};
-use warmswap_sdk::transfer::store::Store;
+use warmswap_sdk::transfer::store::{Evolution, Map, Store};
 use warmswap_sdk::{Event, OUTBOX_LEN_MAX, Service};
 
 mod ownership;
@@ -587,6 +587,70 @@ fn an_owner_whose_state_cannot_be_handed_over_says_why_and_goes_on_with_what_it_
     stage.tell(&ToService::Own { handover: 10, commit: None, connections_open: None, follow: false });
     let events = stage.events();
     assert!(matches!(&events[..], [Event::ConnectionCarry { .. }, Event::BecomeOwner { .. }]), "{events:?}");
+}
+
+/// A store of schema 2 that was told of a log in schema 1, with one value.
+fn upgraded(back: bool) -> (Stage<Store>, Map<(String, u8)>) {
+    let mut old = Store::new(LogConfig::new(1)).unwrap();
+    let texts = old.map::<String>("map").unwrap();
+    old.become_owner(None).unwrap();
+    texts.insert(&mut old, b"a", &"text".to_owned()).unwrap();
+    old.commit();
+    let mut new = Store::new(LogConfig { schemas_read: vec![1, 2], ..LogConfig::new(2) }).unwrap();
+    let evolution = Evolution::new();
+    let evolution = if back {
+        evolution.both_ways::<String>(1, |old| (old.as_str().to_owned(), 1), |new| new.0.as_str().to_owned())
+    } else {
+        evolution.one_way::<String>(1, |old| (old.as_str().to_owned(), 1))
+    };
+    let map = new.map_evolved("map", evolution).unwrap();
+    let mut stage = Stage::new(new);
+    stage.channel.send(&ToService::Segment { index: 0 }, &[old.segment_fd(0).unwrap()]).unwrap();
+    stage.own(old.commit(), Some(0), true);
+    assert!(matches!(stage.events()[..], [Event::BecomeOwner { .. }]));
+    stage.service.serving().unwrap();
+    (stage, map)
+}
+
+/// Segments by name: of the old log, or of the new one.
+fn segments(messages: &[ToSupervisor]) -> Vec<&'static str> {
+    messages
+        .iter()
+        .filter_map(|message| match message {
+            ToSupervisor::Segment { index } => Some(if *index < 1 << 32 { "old" } else { "new" }),
+            ToSupervisor::SegmentRetired { index } => {
+                Some(if *index < 1 << 32 { "old retired" } else { "new retired" })
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn the_older_schema_is_written_until_nobody_follows() {
+    let (mut stage, map) = upgraded(true);
+    assert_eq!(map.get(stage.service.state(), b"a").unwrap().1, 1);
+    stage.said();
+    map.insert(stage.service.state_mut(), b"b", &("more".into(), 2)).unwrap();
+    stage.service.commit().unwrap();
+    assert_eq!(segments(&stage.said()), ["old"], "where the follower looks");
+    stage.tell(&ToService::Follow { on: false });
+    stage.tell(&ToService::CaughtUp { round: 1, commit: None });
+    let said = stage.said();
+    assert_eq!(segments(&said), ["new", "old retired", "old retired"]);
+    assert!(matches!(said.last(), Some(ToSupervisor::CaughtUp { .. })), "after what there was to say: {said:?}");
+    map.insert(stage.service.state_mut(), b"c", &("last".into(), 3)).unwrap();
+    stage.service.commit().unwrap();
+    assert_eq!(segments(&stage.said()), [""; 0]);
+}
+
+#[test]
+fn without_a_way_back_the_new_log_is_announced_before_anything_is_acknowledged() {
+    let (mut stage, map) = upgraded(false);
+    assert_eq!(segments(&stage.said()), [""; 0]);
+    map.insert(stage.service.state_mut(), b"b", &("more".into(), 2)).unwrap();
+    stage.service.commit().unwrap();
+    assert_eq!(segments(&stage.said()), ["new", "old retired"]);
 }
 
 #[test]

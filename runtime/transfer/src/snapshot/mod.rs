@@ -328,7 +328,7 @@ impl<D: Snapshot> State for Snapshotted<D> {
                 Ok(blank) => {
                     let index = self.next_segment;
                     self.next_segment += 1;
-                    self.prepared.insert(index, blank?.activate(index, self.schema_written, 0));
+                    self.prepared.insert(index, blank?.activate(index, self.schema_written, 0, false));
                     self.notices.push_back(SegmentNotice::New(index));
                     *left -= 1;
                 }
@@ -358,7 +358,7 @@ impl<D: Snapshot> State for Snapshotted<D> {
             let make = |len: usize| {
                 let len = shard::segment_len(len).ok_or(HeapError::ShardTooLong { shard: at, len })?;
                 let index = next.fetch_add(1, Ordering::Relaxed);
-                Ok::<_, LogError>(BlankSegment::create(len)?.activate(index, schema, 0))
+                Ok::<_, LogError>(BlankSegment::create(len)?.activate(index, schema, 0, false))
             };
             let mut segment = segment.map_or_else(|| make(0), Ok)?;
             let len = shard::write(shard, &mut segment)?;

@@ -14,6 +14,8 @@ use crate::log::{LogError, RecordAt, Segments};
 use crate::message::LogPosition;
 use crate::record::{RecordKind, RecordView, Shape, Tag};
 
+use super::types::Types;
+
 /// Most collections in one log, those of other versions included.
 const COLLECTIONS_MAX: usize = 1024;
 
@@ -90,6 +92,14 @@ pub(super) struct Index {
 }
 
 impl Index {
+    pub(super) fn new(types: &Types) -> Self {
+        let mut index = Self::default();
+        for (tag, name) in types.iter() {
+            index.declare(tag, Some(name.to_owned()));
+        }
+        index
+    }
+
     pub(super) fn declare(&mut self, tag: Tag, name: Option<String>) -> usize {
         let place = self.collections.len();
         self.collections.push(Collection { tag, name, records: HashTable::new(), sequence: (0, 0) });

@@ -40,22 +40,14 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    /// An empty log, as follower.
-    pub(super) fn new(config: LogConfig) -> Result<Self, LogError> {
+    /// An empty log with the collections that are declared, as follower.
+    pub(super) fn new(config: LogConfig, types: &Types) -> Result<Self, LogError> {
         Ok(Self {
             role: Role::Follower(LogReader::new(config)?),
-            index: Index::default(),
+            index: Index::new(types),
             compaction: Compaction::default(),
             notices: VecDeque::new(),
         })
-    }
-
-    pub(super) fn config(&self) -> Option<&LogConfig> {
-        match &self.role {
-            Role::Follower(reader) => Some(reader.config()),
-            Role::Owner(writer) => Some(writer.config()),
-            Role::Changing => None,
-        }
     }
 
     pub(super) fn segments(&self) -> &Segments {
@@ -144,22 +136,32 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes in the next record of another process, after its bytes, its form and its value have been checked.
-    pub(super) fn follow_one(&mut self, types: &Types) -> Result<Option<(usize, RecordAt)>, LogError> {
+    /// Takes in the next record of another process, after its bytes, its form and its value have been checked and `pass_on`
+    /// has done what it has to do with it. Returns its length.
+    pub(super) fn follow_one(
+        &mut self,
+        types: &Types,
+        pass_on: impl FnOnce(RecordView<'_>, LogPosition) -> Result<(), LogError>,
+    ) -> Result<Option<usize>, LogError> {
         let Role::Follower(reader) = &mut self.role else { return Ok(None) };
         let before = reader.position();
         let Some((at, _)) = reader.advance()? else { return Ok(None) };
-        let taken = self.take_in_checked(types, at);
+        let taken = self.take_in_checked(types, at, pass_on);
         if taken.is_err()
             && let Role::Follower(reader) = &mut self.role
         {
             // Not taken in: the next call meets the same record and the same error.
             reader.rewind(before);
         }
-        taken.map(|place| Some((place, at)))
+        taken.map(|()| Some(at.len))
     }
 
-    fn take_in_checked(&mut self, types: &Types, at: RecordAt) -> Result<usize, LogError> {
+    fn take_in_checked(
+        &mut self,
+        types: &Types,
+        at: RecordAt,
+        pass_on: impl FnOnce(RecordView<'_>, LogPosition) -> Result<(), LogError>,
+    ) -> Result<(), LogError> {
         let Self { role, index, .. } = self;
         let segments = role.segments();
         let view = segments.record(at.position).ok_or(LogError::NotOwner)?;
@@ -167,8 +169,49 @@ impl Ledger {
         let place = index.place_of(view.tag, at.position)?;
         let schema = segments.get(at.position.segment).map_or(0, |segment| segment.header().schema);
         types.check(place, schema, &view, at.position)?;
+        pass_on(view, at.position)?;
         index.take_in(segments, place, at, (view.kind, view.key, view.value));
-        Ok(place)
+        Ok(())
+    }
+
+    /// Makes sure that the next append is of this record's size and cannot fail.
+    pub(super) fn reserve(&mut self, key: &[u8], value: &[u8]) -> Result<(), LogError> {
+        let Role::Owner(writer) = &mut self.role else { return Err(LogError::NotOwner) };
+        writer.reserve(key, value)?;
+        self.notices.extend(writer.take_new().into_iter().map(SegmentNotice::New));
+        Ok(())
+    }
+
+    /// Begins a log of this process alone, its segments counted from `first`, on an empty ledger.
+    pub(super) fn stage(&mut self, first: u64) {
+        self.role = match std::mem::replace(&mut self.role, Role::Changing) {
+            Role::Follower(reader) => Role::Owner(reader.into_staging(first)),
+            other => other,
+        };
+    }
+
+    /// Everything again from the beginning, with nothing in the index but these collections.
+    pub(super) fn reread(&mut self, types: &Types) {
+        if let Role::Follower(reader) = &mut self.role {
+            reader.reread();
+            self.index = Index::new(types);
+        }
+    }
+
+    /// A staged log becomes the state, and the one before it goes.
+    pub(super) fn replace(&mut self, older: Self) {
+        if let Role::Owner(writer) = &mut self.role {
+            writer.unstage();
+            writer.discard(older);
+        }
+    }
+
+    pub(super) fn has_notices(&self) -> bool {
+        !self.notices.is_empty()
+    }
+
+    pub(super) fn forget_notices(&mut self) {
+        self.notices.clear();
     }
 
     /// Everything there is has been followed.

@@ -25,6 +25,9 @@
 //! Each process keeps an index of its own ([`index`]), which costs 16 bytes and a hash per living record.
 //! [`Store::maintain`] keeps the memory bounded under endless overwrites.
 //!
+//! When the types of values change, the new version has a new schema number and says with an [`Evolution`] for each
+//! collection how old values become new ones and, if it can, how new ones become old: see [`older`] for what happens then.
+//!
 //! A collection that this program does not declare belongs to another version: its records are kept alive unread, so that
 //! the other version finds them when it comes back.
 //!
@@ -32,14 +35,17 @@
 
 mod compaction;
 mod counters;
+mod evolution;
 mod handle;
 mod index;
 mod ledger;
 mod log;
 mod map;
+mod older;
 mod record;
 mod types;
 
+use std::collections::{BTreeMap, VecDeque};
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -48,15 +54,18 @@ use rkyv::util::AlignedVec;
 
 use crate::log::{LogConfig, LogError};
 use crate::message::{Commit, LogPosition};
-use crate::record::{RecordKind, Shape};
+use crate::record::Shape;
+use crate::segment;
 use crate::state::{SegmentNotice, State};
 
 use handle::Handle;
 use ledger::Ledger;
+use older::{Older, config_of};
 use types::Types;
 
 pub use compaction::Statistics;
 pub use counters::Counters;
+pub use evolution::Evolution;
 pub use log::Log;
 pub use map::Map;
 pub use record::Record;
@@ -67,9 +76,19 @@ pub use types::{DeclareError, Value};
 pub struct Store {
     /// Of all stores of this process, so that no collection is taken for one of another store.
     identity: u64,
+    config: LogConfig,
     types: Types,
+    /// What is read. In the current schema, and this process's own as long as there is an older log.
     main: Ledger,
+    older: Option<Older>,
+    /// Number of the log that is staged in `main`.
+    staging: u64,
+    /// Segments that are not part of the state: of a log that was staged and not finished, or replaced and not retired.
+    aside: BTreeMap<u64, Option<OwnedFd>>,
+    /// News that comes before that of the ledgers.
+    outgoing: VecDeque<SegmentNotice>,
     scratch: AlignedVec,
+    older_scratch: AlignedVec,
 }
 
 impl Store {
@@ -79,20 +98,36 @@ impl Store {
     /// As [`LogReader::new`](crate::log::LogReader::new).
     pub fn new(config: LogConfig) -> Result<Self, LogError> {
         static STORES: AtomicU64 = AtomicU64::new(0);
+        config.check()?;
+        let types = Types::default();
         Ok(Self {
             identity: STORES.fetch_add(1, Ordering::Relaxed),
-            types: Types::default(),
-            main: Ledger::new(config)?,
+            main: Ledger::new(config_of(&config, config.schema_written), &types)?,
+            config,
+            types,
+            older: None,
+            staging: 0,
+            aside: BTreeMap::new(),
+            outgoing: VecDeque::new(),
             scratch: AlignedVec::new(),
+            older_scratch: AlignedVec::new(),
         })
     }
 
-    /// Declares a map.
+    /// Declares a map whose values have the same type in every schema that is read.
     ///
     /// # Errors
     /// When the name is taken, or the state has arrived already.
     pub fn map<V: Value>(&mut self, name: &str) -> Result<Map<V>, DeclareError> {
-        self.declare(name, Shape::Map).map(Map)
+        self.map_evolved(name, Evolution::new())
+    }
+
+    /// Declares a map whose values had other types in older schemas.
+    ///
+    /// # Errors
+    /// As [`Self::map`], and when `evolution` names a schema that is not read.
+    pub fn map_evolved<V: Value>(&mut self, name: &str, evolution: Evolution<V>) -> Result<Map<V>, DeclareError> {
+        self.declare(name, Shape::Map, evolution).map(Map)
     }
 
     /// Declares counters.
@@ -100,7 +135,7 @@ impl Store {
     /// # Errors
     /// As [`Self::map`].
     pub fn counters(&mut self, name: &str) -> Result<Counters, DeclareError> {
-        self.declare(name, Shape::Counters).map(Counters)
+        self.declare(name, Shape::Counters, Evolution::new()).map(Counters)
     }
 
     /// Declares a log.
@@ -108,7 +143,15 @@ impl Store {
     /// # Errors
     /// As [`Self::map`].
     pub fn log<V: Value>(&mut self, name: &str) -> Result<Log<V>, DeclareError> {
-        self.declare(name, Shape::Log).map(Log)
+        self.log_evolved(name, Evolution::new())
+    }
+
+    /// Declares a log whose values had other types in older schemas.
+    ///
+    /// # Errors
+    /// As [`Self::map_evolved`].
+    pub fn log_evolved<V: Value>(&mut self, name: &str, evolution: Evolution<V>) -> Result<Log<V>, DeclareError> {
+        self.declare(name, Shape::Log, evolution).map(Log)
     }
 
     /// Declares a single value.
@@ -116,15 +159,28 @@ impl Store {
     /// # Errors
     /// As [`Self::map`].
     pub fn record<V: Value>(&mut self, name: &str) -> Result<Record<V>, DeclareError> {
-        self.declare(name, Shape::Record).map(Record)
+        self.record_evolved(name, Evolution::new())
     }
 
-    fn declare<V: Value>(&mut self, name: &str, shape: Shape) -> Result<Handle<V>, DeclareError> {
-        if self.main.is_owner() || self.main.segments().count() > 0 {
+    /// Declares a single value that had other types in older schemas.
+    ///
+    /// # Errors
+    /// As [`Self::map_evolved`].
+    pub fn record_evolved<V: Value>(&mut self, name: &str, evolution: Evolution<V>) -> Result<Record<V>, DeclareError> {
+        self.declare(name, Shape::Record, evolution).map(Record)
+    }
+
+    fn declare<V: Value>(
+        &mut self,
+        name: &str,
+        shape: Shape,
+        evolution: Evolution<V>,
+    ) -> Result<Handle<V>, DeclareError> {
+        if self.main.is_owner() || self.shared().segments().count() > 0 {
             // Its records may have been taken in unchecked.
             return Err(DeclareError::Late { name: name.to_owned() });
         }
-        let tag = self.types.declare::<V>(name, shape)?;
+        let tag = self.types.declare::<V>(name, shape, evolution, &self.config)?;
         let place = self.main.index.declare(tag, Some(name.to_owned())) as u32;
         Ok(Handle { store: self.identity, place, value: PhantomData })
     }
@@ -135,41 +191,72 @@ impl Store {
     /// # Errors
     /// When there is no memory for the next segment; the store is whole then, only not smaller.
     pub fn maintain(&mut self) -> Result<(), LogError> {
-        self.main.maintain()
+        match &mut self.older {
+            Some(older) if older.ledger.is_owner() => {
+                if older.is_written() {
+                    older.ledger.maintain()?;
+                }
+                self.main.maintain()
+            }
+            // The main log is kept compact as it is converted.
+            Some(_) => Ok(()),
+            None => self.main.maintain(),
+        }
     }
 
     #[must_use]
     pub fn statistics(&self) -> Statistics {
-        self.main.statistics()
+        let mut statistics = self.main.statistics();
+        if let Some(older) = &self.older {
+            statistics.segments += older.ledger.segments().count();
+            statistics.segment_bytes += older.ledger.segments().bytes();
+        }
+        statistics
     }
 
     fn writable(&self) -> Result<(), LogError> {
-        if self.main.is_owner() { Ok(()) } else { Err(LogError::NotOwner) }
-    }
-
-    /// True when the key was alive before.
-    fn append(&mut self, place: usize, kind: RecordKind, key: &[u8], value: &[u8]) -> Result<bool, LogError> {
-        self.main.append(place, kind, key, value)
+        if self.shared().is_owner() { Ok(()) } else { Err(LogError::NotOwner) }
     }
 }
 
 impl State for Store {
     fn schemas(&self) -> (Vec<u32>, u32) {
-        self.main.config().map_or((Vec::new(), 0), |config| (config.schemas_read.clone(), config.schema_written))
+        (self.config.schemas_read.clone(), self.config.schema_written)
+    }
+
+    fn schemas_written_back(&self) -> Vec<u32> {
+        let older = self.config.schemas_read.iter().filter(|schema| **schema != self.config.schema_written);
+        older.copied().filter(|schema| self.types.write_back(*schema)).collect()
     }
 
     fn add_segment(&mut self, index: u64, fd: OwnedFd) -> Result<(), LogError> {
-        self.main.add_segment(index, fd)
+        self.writable().map_or(Ok(()), |()| Err(LogError::NotFollower))?;
+        match segment::peek(fd.as_fd()) {
+            Some((header, staged)) if header.index == index => self.place(fd, &header, staged),
+            // Opening it says what is wrong with it.
+            _ => self.main.add_segment(index, fd),
+        }
     }
 
     fn retire_segment(&mut self, index: u64) -> Result<(), LogError> {
         self.follow()?;
-        self.main.let_go(index)
+        if self.aside.remove(&index).is_some() {
+            return Ok(());
+        }
+        // Why else would a whole log be retired?
+        if self.change_log()? {
+            self.aside.remove(&index);
+            return Ok(());
+        }
+        self.shared_mut().let_go(index)
     }
 
     fn follow(&mut self) -> Result<u64, LogError> {
+        if self.older.is_some() {
+            return self.follow_older();
+        }
         let mut followed = 0;
-        while self.main.follow_one(&self.types)?.is_some() {
+        while self.main.follow_one(&self.types, |_, _| Ok(()))?.is_some() {
             followed += 1;
         }
         Ok(followed)
@@ -177,26 +264,67 @@ impl State for Store {
 
     fn become_owner(&mut self, commit: Option<Commit>) -> Result<(), LogError> {
         self.follow()?;
-        self.main.become_owner(commit)
+        if self.shared().segments().count() == 0 && self.aside.values().any(Option::is_some) {
+            return Err(LogError::Unfinished);
+        }
+        self.shared_mut().become_owner(commit)?;
+        match &self.older {
+            Some(older) if !older.is_written() => self.move_on(),
+            Some(_) => {}
+            None => self.forget_aside(),
+        }
+        Ok(())
     }
 
     fn become_follower(&mut self) {
-        self.main.become_follower();
+        // What was acknowledged is in the main log alone. It reaches everybody before they hear that this process yielded.
+        if self.is_left_behind() {
+            self.moved();
+        } else {
+            self.stay();
+        }
+        self.shared_mut().become_follower();
     }
 
     fn commit(&mut self) -> Option<Commit> {
-        self.main.commit()
+        if self.older.as_ref().is_some_and(|older| older.ledger.is_owner()) {
+            self.main.commit();
+        }
+        self.shared_mut().commit()
     }
 
     fn position(&self) -> Option<LogPosition> {
-        self.main.position()
+        self.shared().position()
     }
 
     fn take_notice(&mut self) -> Option<SegmentNotice> {
-        self.main.take_notice()
+        self.outgoing.pop_front().or_else(|| match &mut self.older {
+            None => self.main.take_notice(),
+            Some(older) => {
+                let private = !older.moving;
+                if private {
+                    self.main.forget_notices();
+                }
+                older.ledger.take_notice().or_else(|| self.main.take_notice())
+            }
+        })
     }
 
     fn segment_fd(&self, index: u64) -> Option<BorrowedFd<'_>> {
-        self.main.segments().get(index).map(AsFd::as_fd)
+        let older = self.older.as_ref().and_then(|older| older.ledger.segments().get(index));
+        older.or_else(|| self.main.segments().get(index)).map(AsFd::as_fd)
+    }
+
+    fn let_followers_go(&mut self) -> bool {
+        self.move_on();
+        self.older.is_some()
+    }
+
+    fn must_be_announced(&self) -> bool {
+        self.is_left_behind()
+    }
+
+    fn announced(&mut self) -> bool {
+        !self.has_notices() && self.moved()
     }
 }

@@ -1,0 +1,5 @@
+//! Version 4 of the example store.
+
+fn main() -> anyhow::Result<()> {
+    session_store::run(session_store::Edition::V4)
+}
