@@ -30,6 +30,7 @@ use crate::ports::Ports;
 use crate::priority::Urgent;
 use crate::steps::Step;
 use crate::supervisor::{Notice, Stop, Supervisor};
+use crate::way_back::HAND_BACK_TIME_MAX;
 
 /// How far back "before" reaches.
 const BASELINE: Duration = Duration::from_secs(10);

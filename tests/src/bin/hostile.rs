@@ -365,6 +365,7 @@ fn hello(protocol: u32, schemas_read: Vec<u32>) -> ToSupervisor {
         sdk: "by hand".into(),
         schemas_read,
         schema_written: SCHEMA,
+        schemas_written_back: Vec::new(),
         state: StateKind::Resident,
     }
 }
