@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use warmswap_sdk::transfer::log::LogError;
-use warmswap_sdk::transfer::map::ResidentMap;
+use warmswap_sdk::transfer::store::{Map, Store};
 
 use crate::Edition;
 use crate::record::{ArchivedSession, Session};
@@ -19,7 +19,8 @@ pub(crate) enum After {
 /// What a command may look at besides its arguments.
 #[derive(Debug)]
 pub(crate) struct Context<'a> {
-    pub(crate) map: &'a mut ResidentMap<Session>,
+    pub(crate) store: &'a mut Store,
+    pub(crate) sessions: Map<Session>,
     pub(crate) edition: Edition,
     pub(crate) now_ms: u64,
     pub(crate) about: About,
@@ -149,7 +150,7 @@ fn data_command(
             let mut removed = 0;
             for key in arguments {
                 let there = live(context, key)?.is_some();
-                context.map.remove(key)?;
+                context.sessions.remove(context.store, key)?;
                 removed += i64::from(there);
             }
             resp::integer(out, removed);
@@ -168,7 +169,7 @@ fn data_command(
         (b"GETDEL", [key]) if context.edition.second => {
             match live(context, key)?.map(|session| session.data.to_vec()) {
                 Some(data) => {
-                    context.map.remove(key)?;
+                    context.sessions.remove(context.store, key)?;
                     resp::bulk(out, &data);
                 }
                 None => resp::null(out),
@@ -208,7 +209,7 @@ fn other_command(
             parse_integer(index)?;
             resp::error(out, "ERR DB index is out of range");
         }
-        (b"DBSIZE", []) => resp::integer(out, context.map.len() as i64),
+        (b"DBSIZE", []) => resp::integer(out, context.sessions.len(context.store) as i64),
         (b"INFO", [] | [_]) => resp::bulk(out, info(context).as_bytes()),
         // redis-cli asks for its help, redis-benchmark for two settings; neither needs an answer with content.
         (b"COMMAND", [sub, ..]) if sub.eq_ignore_ascii_case(b"COUNT") => resp::integer(out, 20),
@@ -233,15 +234,15 @@ fn other_command(
 
 /// The value of a key that has not expired; removes it when it has.
 fn live<'a>(context: &'a mut Context<'_>, key: &[u8]) -> Result<Option<&'a ArchivedSession>, LogError> {
-    if context.map.get(key).is_some_and(|session| session.is_expired(context.now_ms)) {
-        context.map.remove(key)?;
+    if context.sessions.get(context.store, key).is_some_and(|session| session.is_expired(context.now_ms)) {
+        context.sessions.remove(context.store, key)?;
     }
-    Ok(context.map.get(key))
+    Ok(context.sessions.get(context.store, key))
 }
 
 fn put(context: &mut Context<'_>, key: &[u8], data: Vec<u8>, expires_at_ms: u64) -> Result<(), LogError> {
     let tail = if context.edition.second { Session::tail_of(context.now_ms) } else { Vec::new() };
-    context.map.insert(key, &Session { data, expires_at_ms, tail }).map(drop)
+    context.sessions.insert(context.store, key, &Session { data, expires_at_ms, tail }).map(drop)
 }
 
 fn parse_integer(text: &[u8]) -> Result<i64, Refusal> {
@@ -312,8 +313,10 @@ fn expire(
     // The tail goes along, known or not: expiry is no change of the data.
     let (data, tail) = (session.data.to_vec(), session.tail.to_vec());
     match at.filter(|_| amount > 0) {
-        Some(expires_at_ms) => drop(context.map.insert(key, &Session { data, expires_at_ms, tail })?),
-        None => drop(context.map.remove(key)?),
+        Some(expires_at_ms) => {
+            context.sessions.insert(context.store, key, &Session { data, expires_at_ms, tail })?;
+        }
+        None => drop(context.sessions.remove(context.store, key)?),
     }
     resp::integer(out, 1);
     Ok(())
@@ -333,7 +336,7 @@ fn time_to_live(context: &mut Context<'_>, key: &[u8], unit_ms: u64, out: &mut V
 
 fn info(context: &Context<'_>) -> String {
     let about = context.about;
-    let state = context.map.statistics();
+    let state = context.store.statistics();
     format!(
         "# Server\r\nredis_version:6.0.0\r\nsession_store_version:{}\r\nprocess_id:{}\r\nuptime_in_seconds:{}\r\n\
          # Clients\r\nconnected_clients:{}\r\n# Stats\r\ntotal_commands_processed:{}\r\n\
@@ -350,6 +353,6 @@ fn info(context: &Context<'_>) -> String {
         state.segments,
         state.copied_bytes,
         state.segments_retired,
-        state.keys,
+        context.sessions.len(context.store),
     )
 }

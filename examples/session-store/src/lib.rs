@@ -1,5 +1,5 @@
 //! A store for sessions that speaks the Redis protocol and can be updated while it serves: the example of a service that
-//! cooperates fully with warmswap. State lives in a [`ResidentMap`](warmswap_sdk::transfer::map::ResidentMap), established
+//! cooperates fully with warmswap. State lives in a [`Store`](warmswap_sdk::transfer::store::Store), established
 //! connections move with their half-read requests and half-sent replies.
 //!
 //! Three programs are built from it, to be updated into one another:
@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use warmswap_sdk::transfer::log::LogConfig;
-use warmswap_sdk::transfer::map::ResidentMap;
+use warmswap_sdk::transfer::store::Store;
 use warmswap_sdk::{Service, is_supervised};
 
 use crate::record::{SCHEMA, Session};
@@ -54,7 +54,8 @@ impl Edition {
 /// When the environment, the address or the memory cannot be used.
 pub fn run(edition: Edition) -> anyhow::Result<()> {
     let signal = server::termination_signals().context("cannot receive signals")?;
-    let state = ResidentMap::<Session>::new(LogConfig::new(SCHEMA)).context("cannot prepare the state")?;
+    let mut state = Store::new(LogConfig::new(SCHEMA)).context("cannot prepare the state")?;
+    let sessions = state.map::<Session>("sessions")?;
     let service = if is_supervised() || std::env::var_os("LISTEN_FDS").is_some() {
         warmswap_sdk::join(state).context("cannot join the service")?
     } else {
@@ -63,5 +64,5 @@ pub fn run(edition: Edition) -> anyhow::Result<()> {
             text.parse().with_context(|| format!("{text:?} is no address like {ADDRESS_DEFAULT}"))?;
         Service::standalone(state, &[("resp", address)])?
     };
-    server::Server::new(service, edition, signal)?.run()
+    server::Server::new(service, sessions, edition, signal)?.run()
 }

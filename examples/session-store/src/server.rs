@@ -12,8 +12,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use warmswap_sdk::transfer::map::ResidentMap;
 use warmswap_sdk::transfer::message::LogPosition;
+use warmswap_sdk::transfer::store::{Map, Store};
 use warmswap_sdk::{Event, Service};
 
 use crate::Edition;
@@ -38,7 +38,8 @@ const EXPIRY_INTERVAL: Duration = Duration::from_millis(100);
 const EXPIRY_WALK_LEN: usize = 256 << 10;
 
 pub(crate) struct Server {
-    service: Service<ResidentMap<Session>>,
+    service: Service<Store>,
+    sessions: Map<Session>,
     edition: Edition,
     serving: Epoll,
     waiting: Epoll,
@@ -60,7 +61,8 @@ pub(crate) struct Server {
 impl Server {
     /// `signal` is from [`termination_signals`].
     pub(crate) fn new(
-        service: Service<ResidentMap<Session>>,
+        service: Service<Store>,
+        sessions: Map<Session>,
         edition: Edition,
         signal: OwnedFd,
     ) -> anyhow::Result<Self> {
@@ -76,6 +78,7 @@ impl Server {
         waiting.add(signal.as_fd(), TOKEN_SIGNAL)?;
         Ok(Self {
             service,
+            sessions,
             edition,
             serving,
             waiting,
@@ -278,8 +281,8 @@ impl Server {
             commands_processed: self.commands_processed,
             uptime_s: self.began.elapsed().as_secs(),
         };
-        let map = self.service.state_mut();
-        let mut context = Context { map, edition: self.edition, now_ms: commands::now_ms(), about };
+        let (sessions, store) = (self.sessions, self.service.state_mut());
+        let mut context = Context { store, sessions, edition: self.edition, now_ms: commands::now_ms(), about };
         let mut at = 0;
         while !connection.closing && connection.unsent() < OUTPUT_LEN_MAX {
             let input = &connection.input[at..];
@@ -374,14 +377,14 @@ impl Server {
         self.expiry_at = Instant::now() + EXPIRY_INTERVAL;
         let now_ms = commands::now_ms();
         let mut expired = Vec::new();
-        let map = self.service.state_mut();
-        self.expiry_cursor = map.walk(self.expiry_cursor, EXPIRY_WALK_LEN, |key, session| {
+        let store = self.service.state_mut();
+        self.expiry_cursor = self.sessions.walk(store, self.expiry_cursor, EXPIRY_WALK_LEN, |key, session| {
             if session.is_expired(now_ms) {
                 expired.push(key.to_vec());
             }
         });
         for key in &expired {
-            map.remove(key)?;
+            self.sessions.remove(store, key)?;
         }
         if !expired.is_empty() {
             self.service.commit()?;

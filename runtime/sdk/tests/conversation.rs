@@ -10,10 +10,10 @@ use std::time::Duration;
 use warmswap_sdk::transfer::channel::SupervisorChannel;
 use warmswap_sdk::transfer::control::{ControlPage, ControlWord};
 use warmswap_sdk::transfer::log::LogConfig;
-use warmswap_sdk::transfer::map::ResidentMap;
 use warmswap_sdk::transfer::message::{Commit, ConnectionRecord, ToService, ToSupervisor, socket_cookie};
 use warmswap_sdk::transfer::ownership::{CLAIM_AFTER, OwnershipLock};
 use warmswap_sdk::transfer::state::{NoState, State};
+use warmswap_sdk::transfer::store::Store;
 use warmswap_sdk::{Event, OUTBOX_LEN_MAX, Service};
 
 struct Stage<S> {
@@ -356,12 +356,14 @@ fn a_supervisor_that_does_not_read_never_blocks_the_service_and_is_told_what_it_
 
 #[test]
 fn a_segment_is_announced_before_its_first_record_is_published() {
-    let mut stage = Stage::owning(ResidentMap::<u64>::new(LogConfig::new(1)).unwrap());
-    stage.service.state_mut().insert(b"a", &1).unwrap();
+    let mut store = Store::new(LogConfig::new(1)).unwrap();
+    let map = store.map::<u64>("map").unwrap();
+    let mut stage = Stage::owning(store);
+    map.insert(stage.service.state_mut(), b"a", &1).unwrap();
     assert_eq!(stage.said(), []);
     stage.service.commit().unwrap();
     assert_eq!(stage.said(), [ToSupervisor::Segment { index: 0 }]);
-    stage.service.state_mut().insert(b"b", &1).unwrap();
+    map.insert(stage.service.state_mut(), b"b", &1).unwrap();
     stage.service.commit().unwrap();
     assert_eq!(stage.said(), []);
 }

@@ -1,4 +1,4 @@
-//! What moves between the generations of a service: state in shared memory ([`log`], [`map`]), descriptors and
+//! What moves between the generations of a service: state in shared memory ([`log`], [`store`]), descriptors and
 //! messages over a socket ([`channel`], [`message`]), and the two words that say who is to own the service ([`control`]) and who
 //! does ([`ownership`]).
 //!
@@ -13,8 +13,6 @@ pub mod control;
 #[cfg(not(loom))]
 pub mod log;
 #[cfg(not(loom))]
-pub mod map;
-#[cfg(not(loom))]
 pub mod message;
 pub mod ownership;
 #[cfg(not(loom))]
@@ -28,6 +26,8 @@ pub mod record;
 pub mod segment;
 #[cfg(not(loom))]
 pub mod state;
+#[cfg(not(loom))]
+pub mod store;
 #[cfg(not(loom))]
 mod sys;
 

@@ -5,7 +5,7 @@
 //! only bytes past the commit. Ownership passes without copying: [`LogReader::into_writer`] and
 //! [`LogWriter::into_reader`] keep every mapping.
 //!
-//! Not here: what the records mean ([`crate::map`]), and how the descriptors of segments get to other processes
+//! Not here: what the records mean ([`crate::store`]), and how the descriptors of segments get to other processes
 //! ([`crate::state`] says which, `sdk` sends them).
 //!
 //! ```text
@@ -21,7 +21,7 @@ use std::os::fd::OwnedFd;
 
 use crate::message::LogPosition;
 use crate::pool::SegmentPool;
-use crate::record::{self, RecordError, RecordKind, RecordView};
+use crate::record::{self, RecordError, RecordKind, RecordView, Shape, Tag};
 use crate::segment::{HEADER_LEN, SEGMENT_LEN_MAX, SEGMENT_LEN_MIN, Segment, SegmentError};
 
 /// Default length of a segment, bytes.
@@ -78,6 +78,14 @@ pub enum LogError {
         #[source]
         source: rkyv::rancor::Error,
     },
+    #[error("the record at {at} says that collection {name:?} is {found}; this program declares {declared}")]
+    Shape { at: LogPosition, name: String, found: Shape, declared: Shape },
+    #[error("the record at {at} is none of {shape}: its key has {key_len} bytes, its value {value_len}")]
+    Malformed { at: LogPosition, shape: Shape, key_len: usize, value_len: usize },
+    #[error("the log has more than {max} collections")]
+    Collections { max: usize },
+    #[error("the counter would leave the range of 64 bits")]
+    CounterOverflow,
     #[error("a value cannot be archived")]
     Archive(#[source] rkyv::rancor::Error),
     #[error("this process followed to {at}, but its successor took over at {fence}")]
@@ -358,7 +366,7 @@ impl LogWriter {
     ///
     /// # Errors
     /// When the record is too long, or there is no memory for the next segment.
-    pub fn append(&mut self, kind: RecordKind, key: &[u8], value: &[u8]) -> Result<RecordAt, LogError> {
+    pub fn append(&mut self, kind: RecordKind, tag: Tag, key: &[u8], value: &[u8]) -> Result<RecordAt, LogError> {
         if key.len() > record::KEY_LEN_MAX {
             return Err(LogError::KeyTooLong { len: key.len() });
         }
@@ -367,7 +375,7 @@ impl LogWriter {
             return Err(LogError::RecordTooLong { len, max: self.record_len_max() });
         }
         let position = self.make_room(len)?;
-        let header = record::encode_header(kind, key, value);
+        let header = record::encode_header(kind, tag, key, value);
         let segment = self.segments.0.get_mut(&position.segment).ok_or(LogError::NotOwner)?;
         segment.write(position.offset as usize, &[&header, value, key]);
         self.end.offset += len as u64;

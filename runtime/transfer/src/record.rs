@@ -1,14 +1,16 @@
-//! One record of the log: a put or a removal of one key.
+//! One record of the log: a put or a removal of one key of one collection.
 //!
 //! ```text
-//!  byte 0        4         6      7        8           12          16
-//!  ┌───────┬─────────┬──────┬────────┬───────────┬───────────┬─────────────────┬──────────┬─────────┐
-//!  │ crc   │ key_len │ kind │ 0      │ value_len │ 0         │ value (rkyv)    │ key      │ 0 … 15  │
-//!  └───────┴─────────┴──────┴────────┴───────────┴───────────┴─────────────────┴──────────┴─────────┘
+//!  byte 0        4         6      7        8           12           16
+//!  ┌───────┬─────────┬──────┬────────┬───────────┬────────────┬─────────────────┬──────────┬─────────┐
+//!  │ crc   │ key_len │ kind │ shape  │ value_len │ collection │ value (rkyv)    │ key      │ 0 … 15  │
+//!  └───────┴─────────┴──────┴────────┴───────────┴────────────┴─────────────────┴──────────┴─────────┘
 //! ```
 //!
 //! The value begins at a multiple of 16 bytes, so that rkyv can read it where it lies. The CRC-32 covers everything
 //! after itself except the padding.
+
+use std::fmt;
 
 /// Bytes before the value.
 pub const RECORD_HEADER_LEN: usize = 16;
@@ -25,6 +27,58 @@ pub enum RecordKind {
     Remove,
 }
 
+/// What a collection is. In every record, so that a process that does not declare the collection keeps alive what is alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shape {
+    /// Keys are bytes of the service's choice.
+    Map,
+    /// As a map; values are `i64`.
+    Counters,
+    /// Keys are sequence numbers, big-endian `u64`. The record with an empty key holds the first number that is kept.
+    Log,
+    /// One record, with an empty key.
+    Record,
+}
+
+impl Shape {
+    fn from_byte(byte: u8) -> Result<Self, RecordError> {
+        match byte {
+            1 => Ok(Self::Map),
+            2 => Ok(Self::Counters),
+            3 => Ok(Self::Log),
+            4 => Ok(Self::Record),
+            found => Err(RecordError::Shape { found }),
+        }
+    }
+
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Map => 1,
+            Self::Counters => 2,
+            Self::Log => 3,
+            Self::Record => 4,
+        }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Map => "a map",
+            Self::Counters => "counters",
+            Self::Log => "a log",
+            Self::Record => "a record",
+        })
+    }
+}
+
+/// Which collection a record belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tag {
+    pub collection: u32,
+    pub shape: Shape,
+}
+
 /// What is wrong with the bytes of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
@@ -34,12 +88,15 @@ pub enum RecordError {
     Checksum,
     #[error("kind {found} is unknown")]
     Kind { found: u8 },
+    #[error("it belongs to a collection of unknown shape {found}")]
+    Shape { found: u8 },
 }
 
 /// A record where it lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecordView<'a> {
     pub kind: RecordKind,
+    pub tag: Tag,
     pub key: &'a [u8],
     pub value: &'a [u8],
     /// Bytes from this record to the next.
@@ -59,7 +116,7 @@ pub(crate) fn len_from_header(header: &[u8; RECORD_HEADER_LEN]) -> usize {
 }
 
 /// The header for a record; value and key are written after it.
-pub(crate) fn encode_header(kind: RecordKind, key: &[u8], value: &[u8]) -> [u8; RECORD_HEADER_LEN] {
+pub(crate) fn encode_header(kind: RecordKind, tag: Tag, key: &[u8], value: &[u8]) -> [u8; RECORD_HEADER_LEN] {
     debug_assert!(key.len() <= KEY_LEN_MAX && u32::try_from(value.len()).is_ok());
     let mut header = [0; RECORD_HEADER_LEN];
     header[4..6].copy_from_slice(&(key.len() as u16).to_le_bytes());
@@ -67,6 +124,8 @@ pub(crate) fn encode_header(kind: RecordKind, key: &[u8], value: &[u8]) -> [u8; 
         RecordKind::Put => 1,
         RecordKind::Remove => 2,
     };
+    header[7] = tag.shape.to_byte();
+    header[12..].copy_from_slice(&tag.collection.to_le_bytes());
     header[8..12].copy_from_slice(&(value.len() as u32).to_le_bytes());
     let crc = checksum(&header, value, key);
     header[..4].copy_from_slice(&crc.to_le_bytes());
@@ -107,13 +166,15 @@ fn split(bytes: &[u8]) -> Result<(RecordView<'_>, &[u8; RECORD_HEADER_LEN]), Rec
         2 => RecordKind::Remove,
         found => return Err(RecordError::Kind { found }),
     };
+    let collection = u32::from_le_bytes([header[12], header[13], header[14], header[15]]);
+    let tag = Tag { collection, shape: Shape::from_byte(header[7])? };
     let value_len = u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize;
     let len = len_from_header(header);
     if len > bytes.len() {
         return Err(RecordError::Short);
     }
     let (value, rest) = rest.split_at(value_len);
-    Ok((RecordView { kind, key: &rest[..key_len], value, len }, header))
+    Ok((RecordView { kind, tag, key: &rest[..key_len], value, len }, header))
 }
 
 #[cfg(test)]
@@ -122,8 +183,10 @@ mod tests {
 
     use super::*;
 
+    const TAG: Tag = Tag { collection: 0x0102_0304, shape: Shape::Log };
+
     fn encoded(kind: RecordKind, key: &[u8], value: &[u8]) -> Vec<u8> {
-        let mut bytes = encode_header(kind, key, value).to_vec();
+        let mut bytes = encode_header(kind, TAG, key, value).to_vec();
         bytes.extend_from_slice(value);
         bytes.extend_from_slice(key);
         bytes.resize(record_len(key.len(), value.len()), 0);
@@ -136,6 +199,7 @@ mod tests {
             let bytes = encoded(RecordKind::Put, &key, &value);
             let view = parse(&bytes).unwrap();
             prop_assert_eq!((view.key, view.value, view.len), (&key[..], &value[..], bytes.len()));
+            prop_assert_eq!(view.tag, TAG);
         }
 
         #[test]

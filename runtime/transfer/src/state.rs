@@ -1,6 +1,6 @@
 //! What the SDK needs to know of a service's state to carry it through a handover.
 //!
-//! Implemented by [`crate::map::ResidentMap`] and, for services that keep none, by [`NoState`]. Not for the service's own
+//! Implemented by [`crate::store::Store`] and, for services that keep none, by [`NoState`]. Not for the service's own
 //! use of its state.
 
 use std::os::fd::{BorrowedFd, OwnedFd};

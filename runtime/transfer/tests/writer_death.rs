@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use warmswap_transfer::channel::{ChannelError, ServiceChannel, SupervisorChannel};
 use warmswap_transfer::log::LogConfig;
-use warmswap_transfer::map::ResidentMap;
 use warmswap_transfer::message::ToSupervisor;
 use warmswap_transfer::state::{SegmentNotice, State};
+use warmswap_transfer::store::{Counters, Log, Map, Store};
 
 const CHILD: &str = "WARMSWAP_TEST_WRITER_FD";
 const KEYS: u64 = 64;
@@ -24,24 +24,44 @@ fn value(number: u64) -> Vec<u64> {
     vec![number; 1 + (number % 100) as usize]
 }
 
-/// The writer: insert, announce, commit, acknowledge, for ever.
+/// Several collections that change together.
+struct Held {
+    store: Store,
+    map: Map<Vec<u64>>,
+    counters: Counters,
+    log: Log<u64>,
+}
+
+impl Held {
+    fn new() -> Self {
+        let mut store = Store::new(config()).unwrap();
+        let (map, counters) = (store.map("map").unwrap(), store.counters("counters").unwrap());
+        let log = store.log("log").unwrap();
+        Self { store, map, counters, log }
+    }
+}
+
+/// The writer: change, announce, commit, acknowledge, for ever.
 fn write(channel: &ServiceChannel) {
-    let mut map = ResidentMap::<Vec<u64>>::new(config()).unwrap();
-    map.become_owner(None).unwrap();
+    let Held { mut store, map, counters, log } = Held::new();
+    store.become_owner(None).unwrap();
     for number in 1.. {
-        map.insert(&(number % KEYS).to_le_bytes(), &value(number)).unwrap();
-        map.maintain().unwrap();
-        while let Some(notice) = map.take_notice() {
+        map.insert(&mut store, &(number % KEYS).to_le_bytes(), &value(number)).unwrap();
+        counters.add(&mut store, b"written", 1).unwrap();
+        log.append(&mut store, &number).unwrap();
+        log.trim_before(&mut store, number.saturating_sub(KEYS)).unwrap();
+        store.maintain().unwrap();
+        while let Some(notice) = store.take_notice() {
             match notice {
                 SegmentNotice::New(index) => {
-                    if let Some(fd) = map.segment_fd(index) {
+                    if let Some(fd) = store.segment_fd(index) {
                         channel.send(&ToSupervisor::Segment { index }, &[fd]).unwrap();
                     }
                 }
                 SegmentNotice::Retired(index) => channel.send(&ToSupervisor::SegmentRetired { index }, &[]).unwrap(),
             }
         }
-        map.commit();
+        store.commit();
         // Stands for the reply to the client.
         let acknowledged = ToSupervisor::CaughtUp { round: number, commit: None, connections: 0 };
         channel.send(&acknowledged, &[]).unwrap();
@@ -72,7 +92,7 @@ fn a_killed_writer_leaves_every_acknowledged_record() {
         }
         let mut child = command.spawn().unwrap();
         drop(theirs);
-        let mut follower = ResidentMap::<Vec<u64>>::new(config()).unwrap();
+        let Held { store: mut follower, map, counters, log } = Held::new();
         let mut acknowledged = 0;
         let mut killed = false;
         loop {
@@ -98,15 +118,23 @@ fn a_killed_writer_leaves_every_acknowledged_record() {
         }
         child.wait().unwrap();
         follower.become_owner(None).unwrap();
-        let newest = follower.iter().map(|(_, value)| value[0].to_native()).max().unwrap();
-        // The one record after the last acknowledgement may have been committed already.
+        let newest = map.iter(&follower).map(|(_, value)| value[0].to_native()).max().unwrap();
+        // The changes after the last acknowledgement may have been committed already.
         assert!((acknowledged..=acknowledged + 1).contains(&newest), "{acknowledged} acknowledged, {newest} found");
         for number in newest.saturating_sub(KEYS - 1).max(1)..=newest {
-            let found = follower.get(&(number % KEYS).to_le_bytes()).unwrap();
+            let found = map.get(&follower, &(number % KEYS).to_le_bytes()).unwrap();
             assert!(found.iter().eq(&value(number)), "record {number} after {acknowledged}");
         }
+        // One commit shows all or nothing of them, unless a new segment was begun in between.
+        let counted = counters.get(&follower, b"written") as u64;
+        let (last, entry) = log.iter(&follower).next_back().unwrap();
+        assert_eq!(entry.to_native(), last + 1);
+        assert!((acknowledged..=newest).contains(&counted) && (acknowledged..=newest).contains(&(last + 1)));
+        let kept = log.iter(&follower).count() as u64;
+        assert!(kept >= KEYS.min(last + 1), "{kept} entries");
         // And the heir can write.
-        follower.insert(b"heir", &vec![0]).unwrap();
+        map.insert(&mut follower, b"heir", &vec![0]).unwrap();
+        assert_eq!(log.append(&mut follower, &0).unwrap(), last + 1);
         follower.commit();
     }
 }

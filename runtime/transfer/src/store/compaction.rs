@@ -1,16 +1,17 @@
-//! Keeps the memory of a map bounded: the living records of the oldest segment are appended again at the tail, then
-//! the segment is retired. Records are idempotent puts, so a follower that sees both sees the same map.
+//! Keeps the memory of a log bounded: the living records of the oldest segment are appended again at the tail, then
+//! the segment is retired. Records are idempotent puts, so a follower that sees both sees the same state.
 //!
-//! A removal in the oldest segment is simply dropped: whatever it removed was older, and older segments are gone.
+//! A removal in the oldest segment is simply dropped: whatever it removed was older, and older segments are gone. Entries
+//! of a log keep their numbers, so they keep their order.
 
 use crate::log::LogError;
-use crate::map::{Living, ResidentMap, Role, Value};
 use crate::message::LogPosition;
-use crate::record::RecordKind;
+use crate::record::RecordView;
 use crate::segment::HEADER_LEN;
-use crate::state::{SegmentNotice, State};
 
-/// Segments a map may have before compaction looks at it.
+use super::ledger::Ledger;
+
+/// Segments a log may have before compaction looks at it.
 const SEGMENTS_FREE: u64 = 4;
 /// Bytes looked at per call of `maintain` when nothing was appended since the last.
 const SCAN_LEN_MIN: usize = 64 << 10;
@@ -34,11 +35,12 @@ impl Compaction {
     }
 }
 
-/// What a map holds and what keeping it compact has cost.
+/// What a store holds and what keeping it compact has cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct MapStatistics {
-    pub keys: usize,
-    /// Records of living keys, bytes.
+pub struct Statistics {
+    /// Living records of all collections, also of those that this program does not declare.
+    pub records: usize,
+    /// Of these records, bytes.
     pub living_bytes: u64,
     /// All segments, bytes.
     pub segment_bytes: u64,
@@ -49,13 +51,12 @@ pub struct MapStatistics {
     pub segments_retired: u64,
 }
 
-impl<V: Value> ResidentMap<V> {
-    #[must_use]
-    pub fn statistics(&self) -> MapStatistics {
-        let segments = self.role.segments();
-        MapStatistics {
-            keys: self.index.len(),
-            living_bytes: self.living.values().sum(),
+impl Ledger {
+    pub(super) fn statistics(&self) -> Statistics {
+        let segments = self.segments();
+        Statistics {
+            records: self.index.count_all(),
+            living_bytes: self.index.living_bytes(),
             segment_bytes: segments.bytes(),
             segments: segments.count(),
             copied_bytes: self.compaction.copied,
@@ -63,13 +64,9 @@ impl<V: Value> ResidentMap<V> {
         }
     }
 
-    /// A bounded piece of compaction, for the owner: call it once per turn of the event loop. Looks at no more than
-    /// four times the bytes appended since the last call, or 64 KiB.
-    ///
-    /// # Errors
-    /// When there is no memory for the next segment; the map is whole then, only not smaller.
-    pub fn maintain(&mut self) -> Result<(), LogError> {
-        if !matches!(self.role, Role::Owner(_)) {
+    /// A bounded piece of compaction, for the owner.
+    pub(super) fn maintain(&mut self) -> Result<(), LogError> {
+        if !self.is_owner() {
             return Ok(());
         }
         let appended = std::mem::take(&mut self.compaction.appended);
@@ -83,7 +80,8 @@ impl<V: Value> ResidentMap<V> {
                     self.compaction.cursor = Some(LogPosition { offset, ..cursor });
                 }
                 None => {
-                    self.retire_oldest(cursor.segment)?;
+                    self.retire(cursor.segment)?;
+                    self.compaction.retired += 1;
                     self.compaction.cursor = None;
                 }
             }
@@ -93,60 +91,31 @@ impl<V: Value> ResidentMap<V> {
 
     /// The oldest segment, when less than half of what all segments hold is alive.
     fn compaction_start(&self) -> Option<LogPosition> {
-        let segments = self.role.segments();
-        let living: u64 = self.living.values().sum();
-        let worth = segments.count() as u64 > SEGMENTS_FREE && living * 2 < segments.bytes();
+        let segments = self.segments();
+        let worth = segments.count() as u64 > SEGMENTS_FREE && self.index.living_bytes() * 2 < segments.bytes();
         let first = segments.first().filter(|first| Some(*first) != segments.last())?;
         worth.then_some(LogPosition { segment: first, offset: HEADER_LEN as u64 })
     }
 
     /// Looks at one record; `None` at the end of the segment, else the record's length.
     fn compact_one(&mut self, at: LogPosition) -> Result<Option<usize>, LogError> {
-        let segments = self.role.segments();
+        let segments = self.segments();
         let Some(end) = segments.end(at.segment)? else { return Ok(None) };
         if at.offset >= end as u64 {
             return Ok(None);
         }
         let Some(view) = segments.record(at) else { return Ok(None) };
         let len = view.len;
-        if view.kind == RecordKind::Put && self.is_living(view.key, at) {
-            let (key, value) = (view.key.to_vec(), view.value.to_vec());
-            let writer = self.role.writer()?;
-            let new = writer.append(RecordKind::Put, &key, &value)?;
-            let begun = writer.take_new();
-            self.notices.extend(begun.into_iter().map(SegmentNotice::New));
-            self.set(&key, new)?;
-            self.compaction.copied += new.len as u64;
+        if self.index.is_living(segments, &view, at) {
+            self.compaction.copied += self.copy(at)? as u64;
         }
         Ok(Some(len))
     }
 
-    fn is_living(&self, key: &[u8], at: LogPosition) -> bool {
-        let segments = self.role.segments();
-        let hash = std::hash::BuildHasher::hash_one(&self.hasher, key);
-        let found = self.index.find(hash, |living: &Living| super::is_of(segments, *living, key));
-        found.is_some_and(|living| living.position() == at)
-    }
-
-    fn retire_oldest(&mut self, index: u64) -> Result<(), LogError> {
-        // Followers unmap on the notice, so what was copied out of the segment must be published before.
-        self.commit();
-        self.role.writer()?.retire_segment(index)?;
-        self.living.remove(&index);
-        self.compaction.retired += 1;
-        self.notices.push_back(SegmentNotice::Retired(index));
-        Ok(())
-    }
-
-    /// Walks over living records in the order of the log, for work that spreads over time (expiry): looks at up to
-    /// `budget` bytes from `from` and returns where to go on, beginning again at the oldest after the end.
-    pub fn walk(
-        &self,
-        from: LogPosition,
-        budget: usize,
-        mut visit: impl FnMut(&[u8], &rkyv::Archived<V>),
-    ) -> LogPosition {
-        let segments = self.role.segments();
+    /// Looks at up to `budget` bytes of the log from `from` on and shows what is alive there; returns where to go on,
+    /// beginning again at the oldest after the end.
+    pub(super) fn walk(&self, from: LogPosition, budget: usize, mut visit: impl FnMut(RecordView<'_>)) -> LogPosition {
+        let segments = self.segments();
         let Some(first) = segments.first() else { return LogPosition::default() };
         let start = LogPosition { segment: first, offset: HEADER_LEN as u64 };
         let mut at = from.max(start);
@@ -155,11 +124,8 @@ impl<V: Value> ResidentMap<V> {
             let Ok(Some(end)) = segments.end(at.segment) else { return start };
             match segments.record(at).filter(|_| at.offset < end as u64) {
                 Some(view) => {
-                    if view.kind == RecordKind::Put
-                        && self.is_living(view.key, at)
-                        && let Some(value) = self.get(view.key)
-                    {
-                        visit(view.key, value);
+                    if self.index.is_living(segments, &view, at) {
+                        visit(view);
                     }
                     at.offset += view.len as u64;
                     left = left.saturating_sub(view.len);
