@@ -10,7 +10,7 @@ use super::Finding;
 /// Every package of the workspace with the others it may depend on (development dependencies apart).
 /// *Decide* (model, forecast, policy) knows nothing that acts; handover knows the back-end contract and never
 /// forecasts; what a service links (sdk) stays apart from the runtime.
-const MAY_KNOW: [(&str, &[&str]); 20] = [
+const MAY_KNOW: [(&str, &[&str]); 21] = [
     ("warmswap-events", &[]),
     ("warmswap-probes", &["warmswap-events"]),
     ("warmswap-model", &[]),
@@ -20,6 +20,7 @@ const MAY_KNOW: [(&str, &[&str]); 20] = [
     ("warmswap-policy", &["warmswap-model"]),
     ("warmswap-transfer", &["warmswap-model"]),
     ("warmswap-sdk", &["warmswap-transfer"]),
+    ("warmswap-sdk-c", &["warmswap-sdk"]),
     ("warmswap-backend", &["warmswap-model", "warmswap-transfer"]),
     ("warmswap-handover", &["warmswap-model", "warmswap-backend", "warmswap-transfer"]),
     (
