@@ -1,8 +1,11 @@
 //! Packs a program built on this host, with the shared libraries it loads, into a folder that a container (or a
 //! virtual machine) can use as its root. The demo, the tests, the benchmark and `cargo xtask vm` share it.
 //!
-//! Not for images in general: no layers, no image config, no package manager. For that there are image archives.
+//! Or packs programs that Debian built, from installed packages.
+//!
+//! Not for images in general: no layers, no image config. For that there are image archives.
 
+mod debian;
 mod elf;
 
 use std::collections::BTreeSet;
@@ -11,6 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+pub use debian::pack_packages;
 pub use elf::interpreter;
 
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +37,10 @@ pub enum RootfsError {
     },
     #[error("{program} needs {library}, which this host does not have: install it or build the program here")]
     MissingLibrary { program: PathBuf, library: String },
+    #[error("cannot pack the package {package}: {problem}")]
+    Package { package: String, problem: String },
+    #[error("{program}, which knows the packages of a Debian, cannot be asked: {problem}")]
+    PackageManager { program: &'static str, problem: String },
     #[error("the dynamic loader {loader} cannot load {program}: {problem}")]
     NotLoadable { loader: PathBuf, program: PathBuf, problem: String },
 }
@@ -56,17 +64,22 @@ pub fn pack_rootfs_as(binary: &Path, dest: &Path, name: Option<&str>) -> Result<
                 .ok_or(RootfsError::NotAProgram { path: binary.to_owned(), problem: "it has no file name" })?,
         ),
     };
-    for folder in ["bin", "dev", "etc", "proc", "run", "sys", "tmp", "var"] {
-        create_folder(&dest.join(folder))?;
-    }
+    prepare(dest)?;
     let inside = Path::new("/bin").join(name);
     copy(binary, &below(dest, &inside))?;
     for library in libraries(binary)? {
         copy(&library, &below(dest, &library))?;
     }
-    write(&dest.join("etc/passwd"), "root:x:0:0:root:/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n")?;
-    write(&dest.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")?;
     Ok(inside)
+}
+
+/// What every root has.
+fn prepare(dest: &Path) -> Result<()> {
+    for folder in ["bin", "dev", "etc", "proc", "run", "sys", "tmp", "var"] {
+        create_folder(&dest.join(folder))?;
+    }
+    write(&dest.join("etc/passwd"), "root:x:0:0:root:/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n")?;
+    write(&dest.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")
 }
 
 /// Every file that must be present for `binary` to start: the dynamic loader and all shared libraries, under the
