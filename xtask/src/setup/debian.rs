@@ -13,7 +13,7 @@ use crate::run;
 /// Package, a program that proves it is usable, why it is needed.
 /// Kept short: each entry is a minute of somebody's time. A C compiler is not among them: without one xtask itself
 /// could not have been built.
-const PACKAGES: [(&str, &str, &str); 4] = [
+const PACKAGES: [(&str, &str, &str); 6] = [
     (
         "redis-tools",
         "redis-benchmark",
@@ -22,6 +22,8 @@ const PACKAGES: [(&str, &str, &str); 4] = [
     ("iproute2", "ip", "tests look at network namespaces and sockets with it"),
     ("qemu-system-x86", "qemu-system-x86_64", "runs tests on other kernels, with pure cgroup v2"),
     ("busybox-static", "busybox", "is the first program of those virtual machines"),
+    ("pkgconf", "pkg-config", "tells the C compiler where the SDK lies: tests build the example in C as a user would"),
+    ("python3", "/usr/bin/python3", "is packed into the container of the example in Python"),
 ];
 
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(900);

@@ -297,8 +297,9 @@ typedef struct ws_place {
 } ws_place;
 
 /* As ws_map_each(), for work that is spread over many turns, like removing what has expired: looks at about budget_bytes of the
- * state (other collections count too) from *from on, and puts there where to go on; after the end from the beginning again. The
- * visitor sees all of the stretch, whatever it returns; 1 when it returned anything but 0. */
+ * state (other collections count too) from *from on, and puts there where to go on; after the end from the beginning again. What
+ * is not committed is not seen. The visitor sees all of the stretch, whatever it returns; 1 when it returned anything but
+ * 0. */
 int ws_map_walk(const ws_service *service, int map, ws_place *from, size_t budget_bytes, ws_visit visit, void *context);
 
 /* -- Counters: from bytes to a number; one that was never set is 0 -- */

@@ -70,9 +70,7 @@ impl ShownEvent {
                 ws_event { kind: 5, handover, within_us: within_us(deadline), ..nothing() }
             }
             Event::Retire { deadline } => ws_event { kind: 6, within_us: within_us(deadline), ..nothing() },
-            Event::ControlLost => {
-                ws_event { kind: 7, fd: lost.map_or(-1, |lost| lost.as_raw_fd()), ..nothing() }
-            }
+            Event::ControlLost => ws_event { kind: 7, fd: lost.map_or(-1, |lost| lost.as_raw_fd()), ..nothing() },
         };
         self.shown.listener = self.listener.as_ptr();
         self.shown.carry = self.carry.as_ptr().cast();

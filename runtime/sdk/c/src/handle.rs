@@ -41,7 +41,10 @@ impl Collection {
 /// Where the service is on its way.
 #[derive(Debug)]
 pub(crate) enum Stage {
-    Preparing { store: Store, listen: Vec<(String, SocketAddr)> },
+    Preparing {
+        store: Store,
+        listen: Vec<(String, SocketAddr)>,
+    },
     Joined(Box<Service<Store>>),
     /// The store went into an attempt to join that failed.
     Failed,
@@ -135,11 +138,7 @@ pub(crate) struct ws_service {
 
 impl ws_service {
     pub(crate) fn new(store: Store) -> Self {
-        Self {
-            busy: AtomicBool::new(false),
-            broken: AtomicBool::new(false),
-            inner: UnsafeCell::new(Inner::new(store)),
-        }
+        Self { busy: AtomicBool::new(false), broken: AtomicBool::new(false), inner: UnsafeCell::new(Inner::new(store)) }
     }
 
     fn with<R>(&self, body: impl FnOnce(&mut Inner) -> Result<R, Error>) -> Result<R, Error> {

@@ -100,7 +100,11 @@ pub(crate) unsafe extern "C" fn ws_record(service: *mut ws_service, name: *const
 
 /// An address for when nobody passes listeners.
 #[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ws_listen(service: *mut ws_service, name: *const c_char, address: *const c_char) -> c_int {
+pub(crate) unsafe extern "C" fn ws_listen(
+    service: *mut ws_service,
+    name: *const c_char,
+    address: *const c_char,
+) -> c_int {
     // SAFETY: the caller's promise, for all three pointers.
     unsafe {
         with("ws_listen", service, |inner| {

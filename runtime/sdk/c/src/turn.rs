@@ -81,7 +81,12 @@ pub(crate) unsafe extern "C" fn ws_serving(service: *mut ws_service) -> c_int {
 
 /// Something for the successor.
 #[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ws_carry(service: *mut ws_service, cookie: u64, carry: *const c_void, len: usize) -> c_int {
+pub(crate) unsafe extern "C" fn ws_carry(
+    service: *mut ws_service,
+    cookie: u64,
+    carry: *const c_void,
+    len: usize,
+) -> c_int {
     // SAFETY: the caller's promise, for both pointers.
     unsafe {
         with("ws_carry", service, |inner| {

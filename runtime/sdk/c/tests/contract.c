@@ -172,6 +172,8 @@ static void maps(ws_service *service, int map, int log) {
     CHECK(ws_map_each(service, map, call_inside, &inside) == 0 && inside.seen == 3);
     ws_place place = {0};
     seen = 2;
+    CHECK(ws_map_walk(service, map, &place, 1 << 20, stop_at_two, &seen) == 0 && seen == 2);
+    CHECK(ws_commit(service) == 0);
     CHECK(ws_map_walk(service, map, &place, 1 << 20, stop_at_two, &seen) == 0 && seen == 5);
     FAILS(ws_map_walk(service, map, NULL, 1, stop_at_two, &seen), WS_ERROR_ARGUMENT, "NULL");
     CHECK(ws_map_remove(service, map, KEY("a")) == 1 && ws_map_remove(service, map, KEY("a")) == 0);

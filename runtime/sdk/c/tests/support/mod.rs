@@ -39,7 +39,11 @@ fn built() -> PathBuf {
     let beside = own.parent().unwrap().parent().unwrap().to_owned();
     let folder = std::env::var_os("WARMSWAP_BIN_DIR").map_or(beside, PathBuf::from);
     let library = folder.join("libwarmswap.so");
-    assert!(library.is_file(), "{} is missing: run `cargo build --release --package warmswap-sdk-c`", library.display());
+    assert!(
+        library.is_file(),
+        "{} is missing: run `cargo build --release --package warmswap-sdk-c`",
+        library.display()
+    );
     folder
 }
 
