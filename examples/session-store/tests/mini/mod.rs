@@ -50,6 +50,7 @@ pub struct Times {
 pub struct Mini {
     listener: TcpListener,
     page: ControlPage,
+    ownership: OwnershipLock,
     /// Lives as long as this supervisor.
     lifeline: (PipeReader, PipeWriter),
     epoch: u32,
@@ -195,6 +196,7 @@ impl Mini {
         // SAFETY: our own child, not reaped yet.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         self.owner.child.wait().unwrap();
+        self.ownership.release(self.owner.generation);
         self.drain_owner();
         self.owner = self.follower.take().expect("a follower");
         self.handover += 1;
