@@ -42,7 +42,7 @@ impl Collection {
 #[derive(Debug)]
 pub(crate) enum Stage {
     Preparing {
-        store: Store,
+        store: Box<Store>,
         listen: Vec<(String, SocketAddr)>,
     },
     Joined(Box<Service<Store>>),
@@ -65,7 +65,7 @@ pub(crate) struct Inner {
 impl Inner {
     pub(crate) fn new(store: Store) -> Self {
         Self {
-            stage: Stage::Preparing { store, listen: Vec::new() },
+            stage: Stage::Preparing { store: Box::new(store), listen: Vec::new() },
             collections: Vec::new(),
             listener_names: Vec::new(),
             event: ShownEvent::default(),

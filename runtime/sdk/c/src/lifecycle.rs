@@ -139,10 +139,10 @@ fn join(inner: &mut Inner) -> Result<(), Error> {
         return Err(Error::JoinFailed);
     };
     let service = if passed {
-        warmswap_sdk::join(store)?
+        warmswap_sdk::join(*store)?
     } else {
         let listen: Vec<(&str, SocketAddr)> = listen.iter().map(|(name, address)| (name.as_str(), *address)).collect();
-        Service::standalone(store, &listen)?
+        Service::standalone(*store, &listen)?
     };
     let name = |name: &str| CString::new(name).unwrap_or_default();
     inner.listener_names = service.listeners().iter().map(|listener| name(&listener.name)).collect();

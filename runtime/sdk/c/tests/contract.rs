@@ -1,4 +1,5 @@
-//! The contract of the header, called from C: `contract.c`, under the sanitizers of the compiler.
+//! The contract of the header, called from C (`contract.c`, under the sanitizers of the compiler) and from Python
+//! (`contract.py`).
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
@@ -22,4 +23,15 @@ fn the_library_does_what_the_header_says() {
         run.arg(part).env("LD_LIBRARY_PATH", sdk.path("lib")).env("ASAN_OPTIONS", "detect_leaks=0");
         assert_eq!(said(&mut run), format!("{part}: as the header says\n"));
     }
+}
+
+#[test]
+fn the_python_module_does_what_the_header_says() {
+    let sdk = Sdk::install();
+    // Debian's, as in the container of the example.
+    let mut run = Command::new("/usr/bin/python3");
+    run.args(["-X", "dev", "-W", "error"]).arg(package().join("tests/contract.py")).arg(env!("CARGO_PKG_VERSION"));
+    run.env("LD_LIBRARY_PATH", sdk.path("lib")).env("PYTHONPATH", sdk.path("share/warmswap/python"));
+    run.env("PYTHONDONTWRITEBYTECODE", "1");
+    assert_eq!(said(&mut run), "as the header says\n");
 }

@@ -1,5 +1,7 @@
 //! The installed SDK, and a C compiler.
 
+#![allow(dead_code, reason = "each file uses some of it")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
