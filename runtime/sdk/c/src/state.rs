@@ -73,12 +73,14 @@ pub(crate) unsafe extern "C" fn ws_maintain(service: *mut ws_service) -> c_int {
 /// What the state holds.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ws_statistics(service: *const ws_service, stats: *mut ws_stats, size: usize) -> c_int {
-    // SAFETY: the caller's promise; no more than `size` bytes are written, whatever this library knows.
+    // SAFETY: the caller's promise: there is room for `size` bytes, and no more are written, whatever this library knows.
     unsafe {
         with("ws_statistics", service, |inner| {
-            let place = place("the place for the statistics", stats.cast::<u8>())?;
+            if stats.is_null() {
+                return Err(Error::Null { what: "the place for the statistics" });
+            }
             let statistics = inner.store()?.statistics();
-            let stats = ws_stats {
+            let known = ws_stats {
                 records: statistics.records as u64,
                 living_bytes: statistics.living_bytes,
                 segment_bytes: statistics.segment_bytes,
@@ -86,9 +88,9 @@ pub(crate) unsafe extern "C" fn ws_statistics(service: *const ws_service, stats:
                 copied_bytes: statistics.copied_bytes,
                 segments_retired: statistics.segments_retired,
             };
-            let known = size_of::<ws_stats>();
-            std::ptr::write_bytes(place.as_mut_ptr(), 0, size);
-            std::ptr::copy_nonoverlapping((&raw const stats).cast(), place.as_mut_ptr(), size.min(known));
+            let stats = stats.cast::<u8>();
+            stats.write_bytes(0, size);
+            stats.copy_from_nonoverlapping((&raw const known).cast(), size.min(size_of::<ws_stats>()));
             Ok(0)
         })
     }
