@@ -9,6 +9,7 @@ mod fuzz;
 mod lint;
 mod prepush;
 mod run;
+mod sdk;
 mod setup;
 mod test;
 mod tidy;
@@ -49,6 +50,8 @@ enum Verb {
     Tidy,
     /// Run test programs, or a shell command, in a virtual machine with pure cgroup v2
     Vm(vm::Options),
+    /// Build the SDK for C and Python and put it below a folder
+    InstallSdk(sdk::Options),
     /// What must hold before a push: lint, then test
     Prepush,
 }
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Tidy => tidy::run(),
         Verb::Vm(options) => vm::run_verb(&options),
+        Verb::InstallSdk(options) => sdk::install(&options),
         Verb::Prepush => prepush::run(),
     };
     match result {

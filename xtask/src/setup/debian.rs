@@ -13,7 +13,7 @@ use crate::run;
 /// Package, a program that proves it is usable, why it is needed.
 /// Kept short: each entry is a minute of somebody's time. A C compiler is not among them: without one xtask itself
 /// could not have been built.
-const PACKAGES: [(&str, &str, &str); 9] = [
+const PACKAGES: [(&str, &str, &str); 11] = [
     (
         "redis-tools",
         "redis-benchmark",
@@ -29,6 +29,8 @@ const PACKAGES: [(&str, &str, &str); 9] = [
     ("gunicorn", "gunicorn", "is a server that we did not write: tests update it in a container of its own"),
     ("haproxy", "haproxy", "is another, which drains in its own way"),
     ("lighttpd", "lighttpd", "is another, which says nothing about itself"),
+    ("pkgconf", "pkg-config", "tells the C compiler where the SDK lies: tests build the example in C as a user would"),
+    ("python3", "/usr/bin/python3", "is packed into the container of the example in Python"),
 ];
 /// Their packages would start a server on the user's machine, now and whenever it starts.
 const SERVERS: [&str; 2] = ["haproxy", "lighttpd"];

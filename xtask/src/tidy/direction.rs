@@ -20,6 +20,7 @@ const MAY_KNOW: [(&str, &[&str]); 21] = [
     ("warmswap-policy", &["warmswap-model"]),
     ("warmswap-transfer", &["warmswap-model"]),
     ("warmswap-sdk", &["warmswap-transfer"]),
+    ("warmswap-sdk-c", &["warmswap-sdk"]),
     ("warmswap-backend", &["warmswap-model", "warmswap-transfer"]),
     ("warmswap-handover", &["warmswap-model", "warmswap-backend", "warmswap-transfer"]),
     (

@@ -197,6 +197,7 @@ impl Mini {
         // SAFETY: our own child, not reaped yet.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         self.owner.child.wait().unwrap();
+        self.ownership.release(self.owner.generation);
         self.drain_owner();
         self.owner = self.follower.take().expect("a follower");
         self.handover += 1;
