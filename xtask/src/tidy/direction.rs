@@ -10,7 +10,7 @@ use super::Finding;
 /// Every package of the workspace with the others it may depend on (development dependencies apart).
 /// *Decide* (model, forecast, policy) knows nothing that acts; handover knows the back-end contract and never
 /// forecasts; what a service links (sdk) stays apart from the runtime.
-const MAY_KNOW: [(&str, &[&str]); 21] = [
+const MAY_KNOW: [(&str, &[&str]); 22] = [
     ("warmswap-events", &[]),
     ("warmswap-probes", &["warmswap-events"]),
     ("warmswap-model", &[]),
