@@ -6,6 +6,7 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use warmswap_rootfs::{pack_packages, pack_rootfs_as};
-use warmswap_tests::{LENIENT, Requirement, Settings, Store, Update, eventually, needs, program};
+use warmswap_tests::{Requirement, Settings, Store, Update, eventually, needs, program};
 
 /// A loaded machine takes its time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -74,36 +75,30 @@ impl Workshop {
     }
 
     /// Debian's Python, the example, and what `install-sdk` installs for it.
-    fn image_of_python(&self) -> PathBuf {
-        let image = self.path("images/python");
-        if !image.exists() {
-            pack_packages(&["python3"], &image).unwrap();
-            let inside = image.join(FOLDER.trim_start_matches('/'));
-            fs::create_dir_all(&inside).unwrap();
-            fs::copy(sources().join("examples/python/counter.py"), inside.join("counter.py")).unwrap();
-            fs::copy(self.path("share/warmswap/python/warmswap.py"), inside.join("warmswap.py")).unwrap();
-            fs::copy(self.path("lib/libwarmswap.so.0"), inside.join("libwarmswap.so.0")).unwrap();
-        }
+    fn image_of_python(&self, version: &str) -> PathBuf {
+        let image = self.path(&format!("images/python-{version}"));
+        pack_packages(&["python3"], &image).unwrap();
+        let inside = image.join(FOLDER.trim_start_matches('/'));
+        fs::create_dir_all(&inside).unwrap();
+        fs::create_dir_all(image.join("bin")).unwrap();
+        fs::copy(sources().join("examples/python/counter.py"), inside.join("counter.py")).unwrap();
+        fs::copy(self.path("share/warmswap/python/warmswap.py"), inside.join("warmswap.py")).unwrap();
+        fs::copy(self.path("lib/libwarmswap.so.0"), inside.join("libwarmswap.so.0")).unwrap();
+        let start = format!(
+            "#!/usr/bin/python3\nimport os, runpy, sys\n\
+             os.environ.update(VERSION={version:?}, WARMSWAP_LIBRARY=\"{FOLDER}/libwarmswap.so.0\")\n\
+             sys.path.insert(0, \"{FOLDER}\")\nrunpy.run_path(\"{FOLDER}/counter.py\", run_name=\"__main__\")\n"
+        );
+        fs::write(image.join("bin/counter"), start).unwrap();
+        fs::set_permissions(image.join("bin/counter"), fs::Permissions::from_mode(0o755)).unwrap();
         image
     }
 
-    /// A service file for one generation. What the program answers to `INFO` begins with `language` and `version`.
-    fn file(&self, store: &Store, language: Language, version: &str) -> PathBuf {
-        let name = format!("{language:?}-{version}");
+    /// Of one generation: `/bin/counter`, whose answer to `INFO` begins with language and version.
+    fn image(&self, language: Language, version: &str) -> PathBuf {
         match language {
-            Language::C => {
-                let image = self.image_of_c(version);
-                let settings = Settings { command: &["/bin/counter"], ..Settings::new(&image) };
-                store.file(&name, &settings).unwrap()
-            }
-            Language::Python => {
-                let image = self.image_of_python();
-                let script = format!("{FOLDER}/counter.py");
-                let env = format!("VERSION = {version:?}\nWARMSWAP_LIBRARY = \"{FOLDER}/libwarmswap.so.0\"\n");
-                let command = ["/usr/bin/python3", &script];
-                let settings = Settings { command: &command, env: &env, handover: LENIENT, ..Settings::new(&image) };
-                store.file(&name, &settings).unwrap()
-            }
+            Language::C => self.image_of_c(version),
+            Language::Python => self.image_of_python(version),
         }
     }
 }
@@ -211,7 +206,9 @@ impl Crowd {
 }
 
 fn start(name: &'static str, workshop: &Workshop, language: Language) -> Store {
-    Store::start_with(name, |store| Ok(workshop.file(store, language, "1"))).unwrap()
+    let image = workshop.image(language, "1");
+    let settings = Settings { command: &["/bin/counter"], ..Settings::new(&image) };
+    Store::start_with(name, |store| store.file("first", &settings)).unwrap()
 }
 
 fn assert_committed(update: &Update, store: &Store) {
@@ -242,7 +239,8 @@ fn counts_on(name: &'static str, first: Language, path: &[Language]) {
     for (number, language) in path.iter().enumerate() {
         half.send("INCR ke");
         let version = (number + 2).to_string();
-        let update = store.update_to_file(&workshop.file(&store, *language, &version)).unwrap();
+        let image = workshop.image(*language, &version);
+        let update = store.hand_over(&["update", name, "--image", &image.to_string_lossy()]).unwrap();
         assert_committed(&update, &store);
         half.send("pt\n");
         assert_eq!(half.answer(), version);
