@@ -122,6 +122,8 @@ fn expected(model: &Model, to: Behaviour, orders: &Orders, fault: Option<(Call, 
     match before(Phase::Sync) {
         // Nobody is there to be killed yet, or it is not said yet who.
         Some((Phase::Reserve, Deed::KillOld) | (Phase::Reserve | Phase::Warm, Deed::KillNew)) => {}
+        // The shadow takes over, when it can: one that dies as it does leaves nobody to go back to.
+        Some((_, Deed::KillOld)) => return [aborted, rolled_back, committed].into(),
         Some(_) => return [aborted].into(),
         None => {}
     }

@@ -30,12 +30,18 @@ impl Preparation {
 
 impl<S: State> Service<S> {
     pub(super) fn state_followed(&mut self, by: Followed) {
-        let left = (by != Followed::ByNobody).then_some(Preparing::More);
-        self.preparation = Preparation { left, awaited: by == Followed::ByNewcomer };
+        // State in the shared log is there for whoever follows.
+        let copies = self.copies_state();
+        let left = (copies && by != Followed::ByNobody).then_some(Preparing::More);
+        self.preparation = Preparation { left, awaited: copies && by == Followed::ByNewcomer };
         if let Err(error) = self.state.followed(by) {
             self.preparation.left = None;
             self.fail(describe(&error));
         }
+    }
+
+    fn copies_state(&self) -> bool {
+        matches!(self.state.kind(), StateKind::Precopied | StateKind::Snapshot)
     }
 
     /// A slice of what is to be done ahead, and the news of it.
@@ -57,7 +63,7 @@ impl<S: State> Service<S> {
 
     /// Says how much was copied, when that is how the state moves.
     pub(super) fn say_moved(&mut self) {
-        if matches!(self.state.kind(), StateKind::Precopied | StateKind::Snapshot) {
+        if self.copies_state() {
             self.outbox.push(ToSupervisor::StateMoved { bytes: self.state.bytes_moved() }, Vec::new());
         }
     }
