@@ -1,11 +1,10 @@
 //! Whether there is a way back: what the old generation must be able to do to serve again, and what is said when it cannot.
 
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use warmswap_model::{Generation, Rung};
 use warmswap_transfer::segment::segment_schema;
-
-use std::os::fd::AsFd as _;
 
 use crate::attempt::Attempt;
 use crate::supervisor::{Stop, Supervisor};
@@ -23,7 +22,11 @@ impl Supervisor {
             return None;
         }
         let from = attempt.from;
-        self.pump(Duration::ZERO, None);
+        // What the new one has announced, and nobody has read yet, may be what the old one cannot read.
+        match self.is_dead(attempt.to) {
+            true => self.read_rest(attempt.to),
+            false => self.pump(Duration::ZERO, None),
+        }
         if let Some(schema) = self.outgrown(from).filter(|_| attempt.rung >= Rung::Fds) {
             return Some(format!("there is no state rollback: {from} cannot read what is written in schema {schema}"));
         }
