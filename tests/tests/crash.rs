@@ -203,34 +203,6 @@ fn an_agent_killed_while_the_shadow_warms_up_or_catches_up_is_not_missed() {
     }
 }
 
-/// The one phase in which nobody serves: the owner goes on by itself.
-#[test]
-fn an_owner_that_yielded_to_an_agent_which_died_goes_on() {
-    let name = "an_owner_that_yielded_to_an_agent_which_died_goes_on";
-    needs!(name, Requirement::Containers);
-    // The second round is the last one, for what the load writes meanwhile is little.
-    let (mut store, load, update, shadow) = held_at("scenario-quiesce", "round-2");
-    let owner = store.pids(1).unwrap();
-    let mut client = store.client().unwrap();
-    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(1));
-
-    // It cannot yield before it is let go on.
-    owner.iter().for_each(|pid| signal(*pid, libc::SIGSTOP));
-    shadow.go_on().unwrap();
-    eventually("the owner is to yield", PATIENCE, || store.status().is_ok_and(|s| s["activity"] == "switching"));
-    store.kill_agent().unwrap();
-    owner.iter().for_each(|pid| signal(*pid, libc::SIGCONT));
-    assert_bereft(update);
-    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(2), "no agent runs");
-
-    store.start_agent().unwrap();
-    assert_undone(&store, &owner);
-    assert_updates(&store, "v2");
-    assert_eq!(client.command(&["INCR", "visits"]).unwrap(), Reply::Integer(3));
-    assert_clean(load);
-    store.finish().unwrap();
-}
-
 /// Wherever between QUIESCE and VERIFY that is: one owner, every acknowledged write, every connection.
 #[test]
 fn an_agent_killed_as_the_owner_is_told_to_yield_leaves_one_owner() {
