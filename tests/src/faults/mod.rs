@@ -18,7 +18,7 @@
 mod harm;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
@@ -45,6 +45,8 @@ const KEYS: usize = 50;
 const NAME: &str = "faults";
 /// Before the step in the line that the agent logs.
 const REQUESTED: &str = " on request: ";
+/// So many of the steps with the same words.
+const REPEATS_MAX: usize = 2;
 /// How often a step that was not reached is tried again: rounds and messages differ a little from handover to handover.
 const TRIES: usize = 3;
 
@@ -177,7 +179,8 @@ impl Disturbed {
         Ok(disturbed)
     }
 
-    /// Every point there is.
+    /// Every point there is. What is done again and again, such as telling the one generation what clients come and go
+    /// at the other, counts [`REPEATS_MAX`] times.
     #[must_use]
     pub fn points(&self) -> Vec<Point> {
         let mut points = Vec::new();
@@ -187,7 +190,13 @@ impl Disturbed {
             let fork = steps.iter().zip(&self.steps[0]).take_while(|(a, b)| a == b).count();
             let first = if path == Path::Commit { 1 } else { fork + 1 };
             let started = steps.iter().position(|what| what.starts_with("start")).map_or(1, |at| at + 2);
-            for step in first..=steps.len() {
+            let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+            for (step, what) in (1..).zip(steps) {
+                let times = seen.entry(what).or_default();
+                *times += 1;
+                if step < first || *times > REPEATS_MAX {
+                    continue;
+                }
                 for harm in [Harm::Kill, Harm::Stop, Harm::Corrupt] {
                     for actor in [Actor::Active, Actor::Shadow, Actor::Agent] {
                         if actor != Actor::Shadow || step >= started {
