@@ -38,8 +38,9 @@ const DESCRIPTORS_MORE_MAX: usize = 8;
 
 /// An agent with a service that behaves, under load.
 struct Stand {
-    store: Store,
+    // Before the store: it asks for the keys of its clients when it ends.
     load: Option<RunningLoad>,
+    store: Store,
     agent: u64,
     /// How long an update of the honest service takes when it is alone.
     usual: Duration,
