@@ -243,6 +243,8 @@ impl Supervisor {
     pub(crate) fn discard(&mut self, generation: Generation) {
         self.steps.take(Step::Backend("destroy", generation));
         self.run_errand(Errand::Destroy(generation));
+        // If it served, what it said last of its state holds acknowledged writes.
+        self.read_rest(generation);
         self.members.remove(&generation);
         self.stores.remove(&generation);
     }

@@ -536,7 +536,7 @@ impl Supervisor {
             // The owner answers whether it had stopped or not; a late `Yielded` is behind us then.
             Undo::ResumeOwner(generation) => {
                 self.tell_own(generation, attempt.handover, None, None, false)?;
-                self.await_owned(generation, attempt.handover).map(drop)
+                self.await_serving(generation, attempt.handover)
             }
         }
     }
@@ -590,15 +590,16 @@ impl Supervisor {
             .promoted(attempt.handover, from, self.greeting_of(from))
             .map_err(|error| Stop::new(with_causes(&error)))?;
         self.own_word(from, false);
+        // At once, as in `switch`: whatever is heard of it, this is who serves.
+        self.exchange_roles(to, from);
+        self.set_role(to, Role::Draining);
         self.tell_own(from, attempt.handover, None, None, false)?;
-        self.await_owned(from, attempt.handover)?;
+        self.await_serving(from, attempt.handover)?;
         Self::note_unreturned_state(attempt);
         // Nobody knows what the dead one had read of them, so their clients are told by a closed connection.
         if !self.connections.is_empty() {
             attempt.lost.push(format!("{} connections closed when {to} died", self.connections.len()));
         }
-        self.set_role(to, Role::Draining);
-        self.set_role(from, Role::Owner);
         attempt.blackouts.push(Blackout { us: began.elapsed().as_secs_f64() * 1e6, measured_in_kernel: false });
         Ok(())
     }

@@ -64,14 +64,14 @@ impl Supervisor {
         self.own_word(to, false);
         attempt.promoted = true;
         attempt.undo.clear();
+        self.exchange_roles(from, to);
+        self.set_role(from, Role::Draining);
         self.tell_own(to, attempt.handover, None, None, false)?;
-        self.await_owned(to, attempt.handover)?;
+        self.await_serving(to, attempt.handover)?;
         if !self.connections.is_empty() {
             attempt.lost.push(format!("{} connections closed when {from} died", self.connections.len()));
             self.connections.clear();
         }
-        self.set_role(from, Role::Draining);
-        self.set_role(to, Role::Owner);
         attempt.record(Phase::Promote, began, PhaseOutcome::Done);
         attempt.blackouts.push(Blackout { us: began.elapsed().as_secs_f64() * 1e6, measured_in_kernel: false });
         Ok(())

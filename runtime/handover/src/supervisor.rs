@@ -359,6 +359,15 @@ impl Supervisor {
         })
     }
 
+    /// As [`Self::await_owned`], where it does not matter with how many connections: one that has taken the ownership serves,
+    /// whatever is to be heard of it instead.
+    pub(crate) fn await_serving(&mut self, generation: Generation, handover: u64) -> Result<(), Stop> {
+        match self.await_owned(generation, handover) {
+            Err(_) if self.ownership.holder() == generation.0 && !self.is_dead(generation) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
     /// Sends the state as it is, bytes; from here on every change of it is forwarded.
     pub(crate) fn send_segments(&mut self, to: Generation) -> Result<u64, Stop> {
         let mut bytes = 0;
