@@ -217,10 +217,17 @@ impl Stand {
         self.warmswap(&["history", HOSTILE], STATUS_TIME_MAX * 2)?;
         let expected = if stage == Stage::Shadow { "aborted" } else { "rolled_back" };
         if verdict == "committed" {
-            ensure!(stage == Stage::Verify && passes_for_honest(misdeed), "it was taken for a good version");
+            // What it does after VERIFY, or where nobody can see it, is its own service's affair.
+            ensure!(stage == Stage::Verify, "it was taken for a good version");
         } else {
             ensure!(verdict == expected, "{verdict}: {reason}");
-            let reply = client.command(&["GET", "key"]).context("the victim's client")?;
+            // An owner that does not hand back is ended, and its connections with it; never the state.
+            let reply = match client.command(&["GET", "key"]) {
+                Err(_) if stage == Stage::Verify => {
+                    Client::connect(self.address, Duration::from_secs(10))?.command(&["GET", "key"])?
+                }
+                reply => reply.context("the victim's client")?,
+            };
             ensure!(reply == Reply::Bulk(Some(b"kept".to_vec())), "the victim answers {reply}");
         }
         self.end()
@@ -260,11 +267,6 @@ impl Stand {
         assert!(result.totals.is_clean(), "{:?}\n{:?}", result.totals, result.faults);
         self.store.finish().unwrap();
     }
-}
-
-/// What nobody can see from outside within the time of VERIFY. What the owner does to its own service is its own affair.
-fn passes_for_honest(misdeed: Misdeed) -> bool {
-    matches!(misdeed, Misdeed::Deaf | Misdeed::Log | Misdeed::Page | Misdeed::Lifeline)
 }
 
 /// The processes of the hostile service, once they misbehave.
