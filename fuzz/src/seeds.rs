@@ -121,7 +121,7 @@ fn journal() -> Result<Vec<Vec<u8>>> {
         next_generation: Generation(2),
         owner: Some(Generation(1)),
         greeting: None,
-        previous_image: None,
+        previous: None,
     };
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("journal");

@@ -10,6 +10,7 @@
 mod agent;
 pub mod board;
 mod bpf;
+pub mod channel;
 pub mod faults;
 mod ground;
 pub mod hesitant;

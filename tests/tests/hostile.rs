@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use warmswap_load::RunningLoad;
 use warmswap_load::resp::{Client, Reply};
+use warmswap_sdk::transfer::message::{Message as _, ToSupervisor};
+use warmswap_tests::channel::{End, send_as};
 use warmswap_tests::hostile::{BEGUN, Misdeed, Stage};
-use warmswap_tests::{Requirement, Said, SetOnDrop, Store, needs, within};
+use warmswap_tests::{LENIENT, Requirement, Said, SetOnDrop, Store, needs, within};
 
 const KEYS: usize = 50;
 const HOSTILE: &str = "hostile";
@@ -342,6 +344,29 @@ fn everything_can_be_stopped_while_a_service_floods_its_agent() {
     let began = Instant::now();
     store.finish().unwrap();
     assert!(began.elapsed() < Duration::from_secs(45), "{:?}", began.elapsed());
+}
+
+#[test]
+fn what_a_stranger_says_on_the_channel_of_a_service_is_not_heard() {
+    needs!("what_a_stranger_says_on_the_channel_of_a_service_is_not_heard", Requirement::Containers);
+    let store = Store::start("beside-stranger", LENIENT).unwrap();
+    store.write_keys(KEYS).unwrap();
+    let owner = store.pids(1).unwrap()[0];
+    let end = End::Service.of(owner).unwrap();
+    let own = i32::try_from(std::process::id()).unwrap();
+    // Each would do harm if the owner said it: its state would be forgotten, its channel closed.
+    for index in 0..64 {
+        send_as(own, &end, &ToSupervisor::SegmentRetired { index }.encode().unwrap());
+    }
+    for _ in 0..32 {
+        send_as(own, &end, b"no message");
+    }
+    send_as(own, &end, &ToSupervisor::Failed { what: "by a stranger".to_owned() }.encode().unwrap());
+    assert_eq!(store.update("v2").unwrap().verdict(), "committed", "{}", store.log());
+    store.check_keys(KEYS).unwrap();
+    let said = format!("is not heard by the mouth of process {own}, which is none of its own");
+    assert_eq!(store.log().matches(&said).count(), 1, "{}", store.log());
+    store.finish().unwrap();
 }
 
 #[test]

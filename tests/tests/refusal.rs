@@ -6,6 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use warmswap_load::resp::Reply;
 use warmswap_tests::{LENIENT, Requirement, Settings, Store, Update, eventually, needs, program};
 
 const KEYS: usize = 100;
@@ -144,6 +145,32 @@ fn a_shadow_that_joins_and_never_becomes_ready_is_given_up() {
     assert!(rollback.reason().contains("a rollback was asked for during WARM"), "{}", rollback.reason());
     let output = update.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert_untouched(&store);
+    assert_updates(&store);
+    store.finish().unwrap();
+}
+
+#[test]
+fn a_new_owner_that_hangs_before_it_serves_costs_no_connection() {
+    needs!("a_new_owner_that_hangs_before_it_serves_costs_no_connection", Requirement::Containers);
+    let store = start("scenario-hanging", LENIENT);
+    let mut client = store.client().unwrap();
+    assert_eq!(client.command(&["INCR", "mine"]).unwrap(), Reply::Integer(1));
+    let load = store.load().unwrap();
+    let handover = LENIENT.replace("quiesce_ms_max = 2000", "quiesce_ms_max = 200");
+    let file = store.hesitant_file("own", &handover).unwrap();
+    let update = store.update_to_file(&file).unwrap();
+    assert_eq!(update.verdict(), "rolled_back", "{update:?}");
+    assert!(update.reason().contains("g2 did not serve within"), "{}", update.reason());
+    let report = update.report.unwrap();
+    assert_eq!(report["lost"], serde_json::json!([]), "{report}");
+    let blackout_ms = report["blackouts"][0]["us"].as_f64().unwrap() / 1e3;
+    assert!((1000.0..2000.0).contains(&blackout_ms), "{report}");
+    // On the connection that was there before, though the other one held a duplicate of it.
+    assert_eq!(client.command(&["INCR", "mine"]).unwrap(), Reply::Integer(2));
+    let result = load.stop().unwrap();
+    assert!(result.totals.is_clean(), "{:?}\n{:?}", result.totals, result.faults);
+    assert_eq!(result.connections_kept, result.connections);
     assert_untouched(&store);
     assert_updates(&store);
     store.finish().unwrap();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use warmswap_load::resp::Reply;
 use warmswap_load::{LoadResult, unix_ms};
-use warmswap_tests::{LENIENT, Requirement, SetOnDrop, Store, Update, needs};
+use warmswap_tests::{LENIENT, Requirement, SetOnDrop, Settings, Store, Update, needs};
 
 const KEYS: usize = 300;
 
@@ -60,6 +60,27 @@ fn clients_do_not_notice_an_update_or_the_way_back() {
         assert!(report["blackouts"][0]["us"].as_f64().unwrap() > 0.0, "{report}");
         assert_eq!(report["phases"].as_array().unwrap().len(), 8, "{report}");
     }
+    store.finish().unwrap();
+}
+
+#[test]
+fn a_rollback_restores_command_and_environment_too() {
+    needs!("a_rollback_restores_command_and_environment_too", Requirement::Containers);
+    let store = Store::start("scenario-settings", LENIENT).unwrap();
+    let image = store.image("v2").unwrap();
+    let colour = |generation: u32| {
+        let pid = store.pids(generation).unwrap()[0];
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+        environment.split(|byte| *byte == 0).any(|line| line == b"COLOUR=red")
+    };
+    let other = store.file("second", &Settings { env: "COLOUR = \"red\"\n", ..Settings::new(&image) }).unwrap();
+    assert_committed(&store.update_to_file(&other).unwrap(), &store);
+    assert!(colour(2));
+    assert_committed(&store.hand_over(&["rollback", "scenario-settings"]).unwrap(), &store);
+    assert!(!colour(3), "the first service file has no such variable");
+    // And back once more: what was rolled back from is what came before.
+    assert_committed(&store.hand_over(&["rollback", "scenario-settings"]).unwrap(), &store);
+    assert!(colour(4));
     store.finish().unwrap();
 }
 

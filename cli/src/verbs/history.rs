@@ -78,6 +78,10 @@ fn print_phases(report: &HandoverReport) {
 }
 
 fn print_steps(report: &HandoverReport) {
+    if report.steps.is_empty() {
+        say("its steps are not kept any more; those of the latest handovers are");
+        return;
+    }
     let mut rows = table(["step", "after", "until the next", "what"], &[0, 1, 2]);
     for (number, step) in report.steps.iter().enumerate() {
         let next = report.steps.get(number + 1).map(|next| next.at_us - step.at_us);

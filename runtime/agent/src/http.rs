@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use warmswap_handover::Supervisor;
+use warmswap_handover::{Supervisor, Version};
 use warmswap_model::{ImageRef, ServiceFile, ServiceName, Trigger, with_causes};
 use warmswap_policy::{Admission, Request};
 use warmswap_sensor::{Classes, Subscription};
@@ -151,7 +151,7 @@ fn service_status(shared: &Shared, handle: &ServiceHandle) -> ServiceStatus {
         name: handle.name.clone(),
         owner: snapshot.owner,
         image: snapshot.image.0.display().to_string(),
-        previous_image: snapshot.previous_image.map(|image| image.0.display().to_string()),
+        previous_image: snapshot.previous.map(|previous| previous.image.0.display().to_string()),
         generations: snapshot.members,
         listeners: file.listen.iter().map(|(name, listen)| (name.clone(), listen.describe())).collect(),
         activity: (activity != warmswap_policy::Activity::Serving).then(|| format!("{activity:?}").to_lowercase()),
@@ -223,11 +223,11 @@ async fn rollback(State(server): State<Server>, Path(name): Path<String>) -> Res
         if lock(&handle.state).accept(&Request::Rollback) == Admission::Accept {
             return await_verdict(shared, &handle);
         }
-        let previous = lock(&handle.snapshot).previous_image.clone();
-        let Some(image) = previous else {
+        let previous = lock(&handle.snapshot).previous.clone();
+        let Some(Version { image, file, folder }) = previous else {
             return Err(AgentError::Refused(format!("{name} has no earlier image to go back to")));
         };
-        begin_update(shared, &handle, image, None, None)
+        begin_update(shared, &handle, image, Some((file, folder)), None)
     })
     .await?;
     Ok(stream(lines))

@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc::UnboundedSender;
 use warmswap_backend::{ContainerId, ContainerUsage, PreparedImage};
-use warmswap_handover::{MemberStatus, Plan, Role, Supervisor};
+use warmswap_handover::{MemberStatus, Plan, Role, Supervisor, Version};
 use warmswap_model::{
     CgroupId, Generation, HandoverReport, ImageRef, PerResource, Resource, ServiceFile, ServiceName, Trigger, Verdict,
 };
@@ -46,7 +46,7 @@ enum Command {
 pub(crate) struct Snapshot {
     pub(crate) owner: Option<Generation>,
     pub(crate) image: ImageRef,
-    pub(crate) previous_image: Option<ImageRef>,
+    pub(crate) previous: Option<Version>,
     pub(crate) members: Vec<MemberStatus>,
     pub(crate) trouble: Option<String>,
     pub(crate) handovers: u64,
@@ -217,9 +217,11 @@ impl Actor {
         trigger: Trigger,
         stop_before_step: Option<usize>,
     ) -> Result<HandoverReport, AgentError> {
-        let before = file.map(|(file, folder)| self.supervisor.configure(file, folder)).transpose()?;
+        if let Some((file, _)) = &file {
+            self.supervisor.accepts(file)?;
+        }
         let name = self.handle.name.clone();
-        let settings = self.supervisor.record().file.clone();
+        let settings = file.as_ref().map_or(&self.supervisor.record().file, |(file, _)| file);
         let rails = Rails::new(&settings.reserve, &settings.resources);
         let percent = self.tuner.choose(random::uniform());
         let forecast = lock(&self.shared.forecaster).demand(&name);
@@ -232,6 +234,7 @@ impl Actor {
             handover: self.shared.history.next_handover_id()?,
             trigger,
             image,
+            file,
             forecast,
             reservation: reserved,
             shadow_cpus: self.shared.shadow_cpus(),
@@ -239,17 +242,8 @@ impl Actor {
         };
         let report = self.supervisor.update(&plan);
         self.handle.handovers.fetch_add(1, Ordering::Relaxed);
-        match (report.verdict, before) {
-            (Verdict::Committed, _) => {
-                let record = self.supervisor.record();
-                *lock(&self.handle.file) = (record.file.clone(), record.folder.clone());
-            }
-            (_, Some((file, folder))) => {
-                self.supervisor.configure(file, folder)?;
-                self.supervisor.save()?;
-            }
-            (_, None) => {}
-        }
+        let record = self.supervisor.record();
+        *lock(&self.handle.file) = (record.file.clone(), record.folder.clone());
         self.learn(&report, &percent);
         self.shared.history.append_report(&report)?;
         tracing::info!(
@@ -301,7 +295,7 @@ impl Actor {
         *lock(&self.handle.snapshot) = Snapshot {
             owner: self.supervisor.owner(),
             image: record.image.clone(),
-            previous_image: record.previous_image.clone(),
+            previous: record.previous.clone(),
             members,
             trouble: self.supervisor.trouble().map(str::to_owned),
             handovers: self.handle.handovers.load(Ordering::Relaxed),

@@ -190,7 +190,7 @@ impl Container {
     fn set_stopped(&self, stopped: bool) {
         self.signal_group(if stopped { libc::SIGSTOP } else { libc::SIGCONT });
         let deadline = Instant::now() + Duration::from_secs(5);
-        while crate::is_stopped(self.process.pid.unsigned_abs()) != stopped && Instant::now() < deadline {
+        while crate::Standstill::of(self.process.pid.unsigned_abs()).is_some() != stopped && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }

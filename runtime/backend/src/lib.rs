@@ -27,4 +27,4 @@ pub use error::BackendError;
 pub use fake::{Call, FakeBackend};
 pub use host::{Finding, check};
 pub use layout::{RUN_DIR, STATE_DIR};
-pub use process::is_stopped;
+pub use process::{Standstill, has_ended};

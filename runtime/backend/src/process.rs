@@ -82,10 +82,32 @@ impl ProcessId {
     }
 }
 
-/// Whether the process is stopped by a signal or a debugger, and nobody can say when it goes on.
+/// Whether there is no such process any more, or only what its parent has not asked for yet.
 #[must_use]
-pub fn is_stopped(pid: u32) -> bool {
-    i32::try_from(pid).ok().and_then(stat).is_some_and(|(state, _)| matches!(state, 'T' | 't'))
+pub fn has_ended(pid: i32) -> bool {
+    stat(pid).is_none_or(|(state, _)| matches!(state, 'Z' | 'X'))
+}
+
+/// A process that is stopped by a signal or a debugger, and nobody can say when it goes on. Two that are equal, of one
+/// process: it has not run in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standstill {
+    /// How often it has been taken off a processor since it began.
+    switches: u64,
+}
+
+impl Standstill {
+    /// `None` when the process is not stopped, or not there.
+    #[must_use]
+    pub fn of(pid: u32) -> Option<Self> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        if !field("State:")?.starts_with(['T', 't']) {
+            return None;
+        }
+        let count = |name| field(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
+        Some(Self { switches: count("voluntary_ctxt_switches:") + count("nonvoluntary_ctxt_switches:") })
+    }
 }
 
 /// Rounded up, so that a loop around `poll` does not spin in the last millisecond.

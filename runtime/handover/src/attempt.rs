@@ -6,6 +6,7 @@ use warmswap_model::{
     Blackout, ConnectionCounts, Generation, Measurements, Phase, PhaseOutcome, PhaseTiming, Rung, StateMove,
 };
 
+use crate::journal::Version;
 use crate::ports::Ports;
 
 /// What must be put right, in reverse order, when a handover ends before PROMOTE. Undoing never fails for good: a step
@@ -26,6 +27,8 @@ pub(crate) struct Attempt {
     pub(crate) handover: u64,
     pub(crate) from: Generation,
     pub(crate) to: Generation,
+    /// What `from` runs.
+    pub(crate) replaced: Version,
     pub(crate) began: Instant,
     pub(crate) undo: Vec<Undo>,
     pub(crate) phases: Vec<PhaseTiming>,
@@ -40,14 +43,21 @@ pub(crate) struct Attempt {
     pub(crate) after: Option<Measurements>,
     pub(crate) lost: Vec<String>,
     pub(crate) promoted: bool,
+    /// The new owner said that it serves, and has answered since whatever it was asked: it can be asked to hand back.
+    pub(crate) answers: bool,
+    /// How often somebody had begun to serve when the old owner yielded.
+    pub(crate) servings: u32,
+    /// Since when nobody serves.
+    pub(crate) stopped_at: Option<Instant>,
 }
 
 impl Attempt {
-    pub(crate) fn new(handover: u64, from: Generation, to: Generation) -> Self {
+    pub(crate) fn new(handover: u64, from: Generation, to: Generation, replaced: Version) -> Self {
         Self {
             handover,
             from,
             to,
+            replaced,
             began: Instant::now(),
             undo: Vec::new(),
             phases: Vec::with_capacity(Phase::ALL.len()),
@@ -61,12 +71,26 @@ impl Attempt {
             after: None,
             lost: Vec::new(),
             promoted: false,
+            answers: false,
+            servings: 0,
+            stopped_at: None,
+        }
+    }
+
+    /// Somebody serves again, who was not told by way of an ordinary switch.
+    pub(crate) fn end_blackout(&mut self) {
+        if let Some(began) = self.stopped_at.take() {
+            self.blackouts.push(Blackout { us: began.elapsed().as_secs_f64() * 1e6, measured_in_kernel: false });
         }
     }
 
     pub(crate) fn record(&mut self, phase: Phase, began: Instant, outcome: PhaseOutcome) -> f64 {
-        let duration_us = began.elapsed().as_secs_f64() * 1e6;
-        let start_us = began.duration_since(self.began).as_secs_f64() * 1e6;
+        self.record_until(phase, began, Instant::now(), outcome)
+    }
+
+    pub(crate) fn record_until(&mut self, phase: Phase, began: Instant, end: Instant, outcome: PhaseOutcome) -> f64 {
+        let duration_us = end.saturating_duration_since(began).as_secs_f64() * 1e6;
+        let start_us = began.saturating_duration_since(self.began).as_secs_f64() * 1e6;
         self.phases.push(PhaseTiming { phase, start_us, duration_us, outcome });
         duration_us
     }

@@ -49,7 +49,7 @@ impl Supervisor {
     fn pump_from(&mut self, timeout: Duration, wake: Option<BorrowedFd<'_>>, hear: bool) {
         let generations: Vec<Generation> =
             self.members.iter().filter(|(_, member)| !member.closed).map(|(generation, _)| *generation).collect();
-        {
+        let shut: Vec<usize> = {
             let mut polled: Vec<PollFd<'_>> = generations
                 .iter()
                 .filter_map(|generation| self.members.get(generation))
@@ -58,10 +58,17 @@ impl Supervisor {
             polled.extend(wake.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             let spoken = self.members.values().filter(|_| hear).filter_map(|member| member.spoken.socket());
             polled.extend(spoken.map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
+            let others = polled.len();
+            // Not for connections, which are none of ours: that one is shut down is always told.
+            polled.extend(self.watched_listeners().map(|(_, fd)| PollFd::new(fd, PollFlags::empty())));
             // Rounded up, or the last millisecond of a wait would spin.
             let ms = timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
             let _ = nix::poll::poll(&mut polled, PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX));
-        }
+            let hung_up = |polled: &PollFd<'_>| polled.revents().is_some_and(|seen| seen.contains(PollFlags::POLLHUP));
+            let listeners = self.watched_listeners().zip(&polled[others..]);
+            listeners.filter(|(_, polled)| hung_up(polled)).map(|((at, _), _)| at).collect()
+        };
+        shut.into_iter().for_each(|at| self.reopen_listener(at));
         for generation in generations {
             self.read_some(generation, MESSAGES_AT_A_TIME);
         }
@@ -88,7 +95,17 @@ impl Supervisor {
     /// Deals with the next message of a generation; false when there is none.
     fn read_one(&mut self, generation: Generation) -> bool {
         let Some(member) = self.members.get_mut(&generation).filter(|member| !member.closed) else { return false };
-        match member.channel.try_peek() {
+        let heard = member.channel.try_peek();
+        if heard.as_ref().map_or_else(ChannelError::is_of_one_message, Option::is_some)
+            && let Some(stranger) = member.channel.sender().filter(|sender| member.is_stranger(&*self.backend, *sender))
+        {
+            self.note(
+                generation,
+                &format!("is not heard by the mouth of process {stranger}, which is none of its own"),
+            );
+            return true;
+        }
+        match heard {
             Ok(None) => false,
             Ok(Some((message, fds))) => {
                 self.route(generation, message, fds);

@@ -70,7 +70,24 @@ pub struct ServiceRecord {
     pub greeting: Option<Greeting>,
     pub image: ImageRef,
     /// What `warmswap rollback` goes back to.
-    pub previous_image: Option<ImageRef>,
+    #[serde(default)]
+    pub previous: Option<Version>,
+}
+
+/// What a generation is started from: what an update changes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Version {
+    pub image: ImageRef,
+    /// Command, environment, limits: the image alone does not say what runs.
+    pub file: ServiceFile,
+    pub folder: PathBuf,
+}
+
+impl ServiceRecord {
+    #[must_use]
+    pub fn version(&self) -> Version {
+        Version { image: self.image.clone(), file: self.file.clone(), folder: self.folder.clone() }
+    }
 }
 
 /// A handover that was begun and not ended.
@@ -268,7 +285,7 @@ mod tests {
             next_generation: Generation(2),
             owner: Some(Generation(1)),
             greeting: None,
-            previous_image: None,
+            previous: None,
         }
     }
 

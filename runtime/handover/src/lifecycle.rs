@@ -12,9 +12,10 @@ use crate::errand::Errand;
 use crate::error::HandoverError;
 use crate::member::{Greeting, Member, Role};
 use crate::notify::{self, NotifySocket, Spoken};
+use crate::standstill::Looks;
 use crate::steps::Step;
 use crate::supervisor::{
-    GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Supervisor, describe_exit,
+    GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, OWNED_TIME_MAX, Supervisor, describe_exit,
 };
 
 /// A program that has not spoken this long after its start neither links the SDK nor says `READY=1`.
@@ -84,6 +85,7 @@ impl Supervisor {
         let channel_error =
             |source| HandoverError::Channel { service: self.record.file.name.clone(), generation, source };
         let (ours, theirs) = SupervisorChannel::pair().map_err(channel_error)?;
+        ours.attest_senders().map_err(channel_error)?;
         let duplicate = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned().map_err(|source| HandoverError::System { action: "duplicate a descriptor", source })
         };
@@ -146,6 +148,7 @@ impl Supervisor {
             ready: false,
             informed: false,
             closed: false,
+            speaker: None,
             garbled: 0,
             drain_until: None,
             spoken: Spoken::new(Some(socket), self.watchdog()),
@@ -166,6 +169,7 @@ impl Supervisor {
         let began = Instant::now();
         let warm_max = Duration::from_secs_f64(self.record.file.handover.warm_s_max);
         let expected = self.owner().and_then(|owner| self.members.get(&owner)).is_some_and(Member::cooperates);
+        let mut looks = Looks::begin();
         let greeting_max = if expected { GREETING_TIME_MAX_EXPECTED } else { GREETING_TIME_MAX };
         loop {
             self.pump_and_hear(Duration::from_millis(20), None);
@@ -199,6 +203,9 @@ impl Supervisor {
                     _ => {}
                 }
             }
+            if looks.look(self, &[generation]).is_some() {
+                return Err(self.generation_error(generation, "is stopped by a signal while it starts"));
+            }
             if let Some(reason) = self.conditions.cancelled(self.service()) {
                 return Err(HandoverError::Refused(reason));
             }
@@ -221,7 +228,7 @@ impl Supervisor {
         self.own_word(generation, false);
         if cooperates {
             self.tell_own(generation, 0, None, None, false)
-                .and_then(|()| self.await_owned(generation, 0).map(drop))
+                .and_then(|()| self.await_owned(generation, 0, OWNED_TIME_MAX).map(drop))
                 .map_err(|stop| self.generation_error(generation, stop.reason))?;
         }
         self.set_role(generation, Role::Owner);

@@ -3,7 +3,7 @@
 use std::io::PipeWriter;
 use std::time::Instant;
 
-use warmswap_backend::{ContainerId, PreparedImage};
+use warmswap_backend::{Backend, ContainerId, PreparedImage, has_ended};
 use warmswap_model::{CgroupId, Generation, StateMove};
 use warmswap_transfer::channel::SupervisorChannel;
 
@@ -58,6 +58,8 @@ pub(crate) struct Member {
     pub(crate) informed: bool,
     /// Its end of the conversation is closed: it is dead, about to be, or closed every descriptor it did not know.
     pub(crate) closed: bool,
+    /// The process that is known to speak for it.
+    pub(crate) speaker: Option<i32>,
     /// Messages from it that nobody could understand.
     pub(crate) garbled: u32,
     pub(crate) drain_until: Option<Instant>,
@@ -73,6 +75,23 @@ pub(crate) struct Member {
 impl Member {
     pub(crate) fn cooperates(&self) -> bool {
         self.greeting.is_some()
+    }
+
+    /// Whether `sender` is known to be no process of the container. A channel that got into other hands, by a leak or on
+    /// purpose, speaks for nobody. What a process said that has ended since, and cannot be looked up any more, counts: it may
+    /// hold the last acknowledged writes.
+    pub(crate) fn is_stranger(&mut self, backend: &dyn Backend, sender: i32) -> bool {
+        if self.speaker == Some(sender) {
+            return false;
+        }
+        match backend.has_process(&self.id, sender) {
+            Ok(true) => {
+                self.speaker = Some(sender);
+                false
+            }
+            Ok(false) => !has_ended(sender),
+            Err(_) => false,
+        }
     }
 
     /// Holds duplicates of the owner's connections and follows its log.

@@ -12,17 +12,19 @@
 //! record and one store to the control word. Between QUIESCE and the answer to `Own` nobody serves, so nothing in
 //! [`Supervisor::switch`] allocates by state or connection, prints, or talks to a disk that waits.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use warmswap_backend::{BackendError, ContainerState, Limits};
 use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
-    Rung, StateMove, Trigger, Verdict, with_causes,
+    Rung, ServiceFile, StateMove, Trigger, Verdict, with_causes,
 };
 use warmswap_transfer::message::{Commit, ToService};
 
 use crate::attempt::{Attempt, Undo};
 use crate::conditions::Progress;
+use crate::journal::Version;
 use crate::member::{Member, Role};
 use crate::moved::{incompatible, little_between};
 use crate::notify::FdStore;
@@ -36,6 +38,9 @@ use crate::way_back::HAND_BACK_TIME_MAX;
 const BASELINE: Duration = Duration::from_secs(10);
 /// Share of CPU of a shadow that is about to serve, against 100 for one that does: in the blackout it waits for nobody.
 const SWITCH_CPU_WEIGHT: u32 = 1000;
+/// How long a process that is told to own may take to say that it serves, where another one waits that would take back. A
+/// longer budget for the blackout is one for this as well: a snapshot has to be read.
+const PROMOTE_TIME_MAX: Duration = Duration::from_secs(1);
 /// SYNC repeats until a round adds nothing, at most this often.
 const SYNC_ROUNDS_MAX: u32 = 16;
 /// How long COMMIT itself waits for the old generation; after that it drains beside the next handover.
@@ -47,6 +52,8 @@ pub struct Plan {
     pub handover: u64,
     pub trigger: Trigger,
     pub image: ImageRef,
+    /// Settings that come with it, and the folder for its relative paths: one that the supervisor [accepts](Supervisor::accepts).
+    pub file: Option<(ServiceFile, PathBuf)>,
     pub forecast: Option<DemandVector>,
     /// Held for the shadow.
     pub reservation: PerResource<f64>,
@@ -66,7 +73,11 @@ impl Supervisor {
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
         let from = self.owner().unwrap_or(Generation(0));
-        let mut attempt = Attempt::new(plan.handover, from, self.record.next_generation);
+        let mut attempt = Attempt::new(plan.handover, from, self.record.next_generation, self.record.version());
+        if let Some((file, folder)) = &plan.file {
+            debug_assert!(self.accepts(file).is_ok());
+            (self.record.file, self.record.folder) = (file.clone(), folder.clone());
+        }
         self.steps.begin(plan.stop_before_step);
         let mut succeeded = None;
         let result = self.phases(plan, &mut attempt).or_else(|stop| {
@@ -77,7 +88,7 @@ impl Supervisor {
             succeeded = Some(format!("{}; {} took over its state", stop.reason, attempt.to));
             self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a))
         });
-        let kept = result.as_ref().err().and_then(|_| self.why_kept(&attempt));
+        let kept = result.as_ref().err().and_then(|_| self.why_kept(&mut attempt));
         let (verdict, reason) = match (result, kept) {
             (Ok(()), _) => (Verdict::Committed, succeeded),
             (Err(stop), Some(because)) => {
@@ -106,7 +117,7 @@ impl Supervisor {
             service: self.service().clone(),
             from: attempt.from,
             to: attempt.to,
-            from_image: self.image_name(verdict == Verdict::Committed),
+            from_image: attempt.replaced.image.0.display().to_string(),
             to_image: plan.image.0.display().to_string(),
             trigger: plan.trigger.clone(),
             rung: attempt.rung,
@@ -126,11 +137,6 @@ impl Supervisor {
             forecast: plan.forecast.clone(),
             reservation: plan.reservation,
         }
-    }
-
-    fn image_name(&self, committed: bool) -> String {
-        let image = if committed { self.record.previous_image.as_ref() } else { Some(&self.record.image) };
-        image.map_or_else(String::new, |image| image.0.display().to_string())
     }
 
     /// The phases, in order. Before PROMOTE an error means: undo. After it: switch back.
@@ -327,7 +333,7 @@ impl Supervisor {
                 a.undo.clear();
                 if s.members.get(&to).is_some_and(Member::cooperates) {
                     s.tell_own(to, a.handover, None, None, false)?;
-                    s.await_owned(to, a.handover)?;
+                    s.await_owned(to, a.handover, PROMOTE_TIME_MAX)?;
                 }
                 s.exchange_roles(from, to);
                 s.say_members();
@@ -338,7 +344,7 @@ impl Supervisor {
         attempt.undo.push(Undo::ResumeOwner(from));
         let sent = self.connections.len() as u64;
         let budget = Duration::from_secs_f64(self.record.file.handover.quiesce_ms_max / 1e3);
-        let switched = self.switch(attempt.handover, from, to, budget);
+        let switched = self.switch(attempt, from, to, budget);
         let times = match switched {
             Ok(times) => times,
             Err(SwitchError::Before { began, stop }) => {
@@ -347,8 +353,10 @@ impl Supervisor {
                 self.say_ended(attempt, &stop.reason);
                 return Err(stop);
             }
-            Err(SwitchError::After { began, stop }) => {
-                attempt.record(Phase::Promote, began, PhaseOutcome::Failed);
+            Err(SwitchError::After { told, yielded, checked, stop }) => {
+                attempt.record_until(Phase::Quiesce, told, yielded, PhaseOutcome::Done);
+                attempt.record_until(Phase::Delta, yielded, checked, PhaseOutcome::Done);
+                attempt.record(Phase::Promote, checked, PhaseOutcome::Failed);
                 self.say_ended(attempt, &stop.reason);
                 attempt.promoted = true;
                 attempt.undo.clear();
@@ -363,13 +371,7 @@ impl Supervisor {
             (Phase::Delta, times.yielded, times.checked),
             (Phase::Promote, times.checked, times.owned),
         ] {
-            let us = |a: Instant, b: Instant| b.saturating_duration_since(a).as_secs_f64() * 1e6;
-            attempt.phases.push(warmswap_model::PhaseTiming {
-                phase,
-                start_us: us(attempt.began, start),
-                duration_us: us(start, end),
-                outcome: PhaseOutcome::Done,
-            });
+            attempt.record_until(phase, start, end, PhaseOutcome::Done);
         }
         attempt.connections = ConnectionCounts {
             sent: times.connections_open,
@@ -410,15 +412,17 @@ impl Supervisor {
     /// Moves ownership from one living generation to another that follows it. Forward and backward alike.
     fn switch(
         &mut self,
-        handover: u64,
+        attempt: &mut Attempt,
         from: Generation,
         to: Generation,
         budget: Duration,
     ) -> Result<SwitchTimes, SwitchError> {
+        let handover = attempt.handover;
         let budget_us = u64::try_from(budget.as_micros()).unwrap_or(u64::MAX);
         let _urgent = Urgent::raise();
         let told = Instant::now();
         let before = |stop| SwitchError::Before { began: told, stop };
+        attempt.stopped_at = Some(told);
         self.tell(from, &ToService::Yield { handover, budget_us }, &[]).map_err(before)?;
         // Connections and segments that changed since SYNC arrive before `Yielded` and are forwarded on the way.
         let (commit, connections_open) = self
@@ -440,6 +444,9 @@ impl Supervisor {
             let reason = format!("this supervisor stood still for so long that {from} serves again by itself");
             return Err(before(Stop::new(reason)));
         }
+        if from == attempt.from {
+            attempt.servings = self.ownership.servings();
+        }
         let checked = Instant::now();
         self.about_to_write("promoted");
         self.journal
@@ -448,10 +455,11 @@ impl Supervisor {
         self.own_word(to, true);
         // At once: from here on the new owner may serve, whether it says so or not, and what it writes must reach the old one.
         self.exchange_roles(from, to);
-        let after = |stop| SwitchError::After { began: checked, stop };
+        let after = |stop| SwitchError::After { told, yielded, checked, stop };
         self.tell_own(to, handover, commit, Some(connections_open), true).map_err(after)?;
-        let connections_adopted = self.await_owned(to, handover).map_err(after)?;
+        let connections_adopted = self.await_owned(to, handover, budget.max(PROMOTE_TIME_MAX)).map_err(after)?;
         let owned = Instant::now();
+        (attempt.answers, attempt.stopped_at) = (true, None);
         self.say_members();
         if connections_adopted != connections_open {
             let reason = format!("{to} serves {connections_adopted} of {connections_open} connections");
@@ -485,7 +493,8 @@ impl Supervisor {
             }
         }
         self.connections.clear();
-        self.record.previous_image = Some(std::mem::replace(&mut self.record.image, plan.image.clone()));
+        self.record.previous = Some(attempt.replaced.clone());
+        self.record.image = plan.image.clone();
         self.remember_owner(to);
         self.last_trouble = None;
         self.end_in_journal(attempt.handover, to);
@@ -519,7 +528,7 @@ impl Supervisor {
         first_trouble
     }
 
-    fn undo(&mut self, step: Undo, attempt: &Attempt) -> Result<(), Stop> {
+    fn undo(&mut self, step: Undo, attempt: &mut Attempt) -> Result<(), Stop> {
         match step {
             Undo::ReleaseLease => {
                 self.conditions.release(&self.record.file.name);
@@ -536,7 +545,9 @@ impl Supervisor {
             // The owner answers whether it had stopped or not; a late `Yielded` is behind us then.
             Undo::ResumeOwner(generation) => {
                 self.tell_own(generation, attempt.handover, None, None, false)?;
-                self.await_serving(generation, attempt.handover)
+                self.await_serving(generation, attempt.handover)?;
+                attempt.end_blackout();
+                Ok(())
             }
         }
     }
@@ -553,13 +564,13 @@ impl Supervisor {
             return Ok(());
         }
         let alive = self.members.get(&to).is_some_and(|member| !member.closed) && !self.is_dead(to);
-        let owns = self.members.get(&to).is_some_and(|member| member.role == Role::Owner);
-        let switched = (alive && owns).then(|| {
+        let switched = (alive && attempt.answers).then(|| {
             // The parked one takes in what was written since, while the worse one still serves.
             if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
                 tracing::warn!("{}", stop.reason);
             }
-            self.switch(attempt.handover, to, from, self.hand_back_time(attempt, HAND_BACK_TIME_MAX))
+            let budget = self.hand_back_time(attempt, HAND_BACK_TIME_MAX);
+            self.switch(attempt, to, from, budget)
         });
         match switched {
             Some(Ok(times)) => {
@@ -576,34 +587,6 @@ impl Supervisor {
         self.tell(from, &ToService::Follow { on: false }, &[])
     }
 
-    /// The new owner is dead or must die; only when that is confirmed may the old one serve again.
-    fn take_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
-        let (from, to) = (attempt.from, attempt.to);
-        let began = Instant::now();
-        self.confirm_dead(to)?;
-        // What it said last may still be on the way: segments and connections that the old one needs.
-        self.read_rest(to);
-        self.informed(from)?;
-        self.ownership.release(to.0);
-        self.about_to_write("promoted");
-        self.journal
-            .promoted(attempt.handover, from, self.greeting_of(from))
-            .map_err(|error| Stop::new(with_causes(&error)))?;
-        self.own_word(from, false);
-        // At once, as in `switch`: whatever is heard of it, this is who serves.
-        self.exchange_roles(to, from);
-        self.set_role(to, Role::Draining);
-        self.tell_own(from, attempt.handover, None, None, false)?;
-        self.await_serving(from, attempt.handover)?;
-        Self::note_unreturned_state(attempt);
-        // Nobody knows what the dead one had read of them, so their clients are told by a closed connection.
-        if !self.connections.is_empty() {
-            attempt.lost.push(format!("{} connections closed when {to} died", self.connections.len()));
-        }
-        attempt.blackouts.push(Blackout { us: began.elapsed().as_secs_f64() * 1e6, measured_in_kernel: false });
-        Ok(())
-    }
-
     fn end_in_journal(&mut self, handover: u64, owner: Generation) {
         self.about_to_write("end");
         let ended = self.journal.end(handover, owner);
@@ -618,6 +601,8 @@ impl Supervisor {
             self.conditions.release(&self.record.file.name);
             return;
         }
+        let Version { image: _, file, folder } = &attempt.replaced;
+        (self.record.file, self.record.folder) = (file.clone(), folder.clone());
         let owner = self.owner().unwrap_or(attempt.from);
         self.remember_owner(owner);
         self.end_in_journal(attempt.handover, owner);
@@ -642,5 +627,5 @@ enum SwitchError {
     /// Ownership did not move.
     Before { began: Instant, stop: Stop },
     /// The control word names the new generation, which does not serve as it should.
-    After { began: Instant, stop: Stop },
+    After { told: Instant, yielded: Instant, checked: Instant, stop: Stop },
 }

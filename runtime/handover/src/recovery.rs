@@ -23,7 +23,7 @@ use crate::journal::{Journal, OpenHandover};
 use crate::member::{Member, Role};
 use crate::notify::{FdStore, NotifySocket, Spoken, WATCHDOG_USEC};
 use crate::supervisor::{
-    GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, Stop, Supervisor, pages,
+    GIVEN_CONTROL, KEPT_CONTROL, KEPT_OWNERSHIP, KEPT_PAGE, KEPT_SEGMENT, OWNED_TIME_MAX, Stop, Supervisor, pages,
 };
 
 impl Supervisor {
@@ -68,7 +68,8 @@ impl Supervisor {
         let ground = backend.open_service(&service, &recovered.service.file.listen)?;
         let mut record = recovered.service;
         if let Some(open) = recovered.open.as_ref().filter(|open| open.promoted) {
-            record.previous_image = Some(std::mem::replace(&mut record.image, open.image.clone()));
+            record.previous = Some(record.version());
+            record.image = open.image.clone();
             (record.file, record.folder) = ((*open.file).clone(), open.folder.clone());
         }
         for (container, _) in &found {
@@ -121,6 +122,7 @@ impl Supervisor {
             ready: true,
             informed: is_owner,
             closed: false,
+            speaker: None,
             garbled: 0,
             drain_until: None,
             spoken: Spoken::new(notify, watchdog),
@@ -238,7 +240,7 @@ impl Supervisor {
             .tell_page(owner)
             .and_then(|()| self.tell(owner, &ToService::Follow { on: false }, &[]))
             .and_then(|()| self.tell_own(owner, handover, None, None, false))
-            .and_then(|()| self.await_owned(owner, handover));
+            .and_then(|()| self.await_owned(owner, handover, OWNED_TIME_MAX));
         match result {
             Ok(connections) => tracing::info!("{owner} of {} serves {connections} connections", self.service()),
             Err(stop) if self.is_dead(owner) => {

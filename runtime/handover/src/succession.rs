@@ -6,8 +6,8 @@
 
 use std::time::Instant;
 
-use warmswap_backend::{ContainerState, is_stopped};
-use warmswap_model::{Blackout, Generation, Phase, PhaseOutcome, Rung, StateMove, with_causes};
+use warmswap_backend::ContainerState;
+use warmswap_model::{Generation, Phase, PhaseOutcome, Rung, StateMove, with_causes};
 
 use crate::attempt::Attempt;
 use crate::member::{Member, Role};
@@ -16,12 +16,6 @@ use crate::steps::Step;
 use crate::supervisor::{OWNED_TIME_MAX, Stop, Supervisor};
 
 impl Supervisor {
-    /// Runs, but stopped by a signal: it answers nobody until somebody else continues it, if ever.
-    pub(crate) fn is_stopped(&self, generation: Generation) -> bool {
-        matches!(self.backend.state(&self.container(generation)),
-            Ok(ContainerState::Running { pid }) if is_stopped(pid))
-    }
-
     /// Whether the shadow of a handover that failed before PROMOTE should take over: its owner serves nobody, and it could.
     pub(crate) fn must_succeed(&self, attempt: &Attempt) -> bool {
         let ready = |member: &Member| member.ready && member.cooperates() && !member.closed;
@@ -49,32 +43,61 @@ impl Supervisor {
     pub(crate) fn succeed(&mut self, plan: &Plan, attempt: &mut Attempt) -> Result<(), Stop> {
         let (from, to) = (attempt.from, attempt.to);
         let began = Instant::now();
-        self.confirm_dead(from)?;
-        // What it said last may still be on the way, and what it said of its state holds acknowledged writes.
-        self.read_rest(from);
+        attempt.stopped_at.get_or_insert(began);
+        self.end_and_hear(from)?;
         if !self.members.get(&to).is_some_and(|member| member.informed) {
             attempt.state_bytes = self.send_segments(to)?;
         }
         self.activate(plan, to);
-        self.ownership.release(from.0);
+        self.inherit(attempt, from, to)?;
+        self.connections.clear();
+        attempt.record(Phase::Promote, began, PhaseOutcome::Done);
+        Ok(())
+    }
+
+    /// The new owner is dead or must die; only when that is confirmed may the old one serve again.
+    pub(crate) fn take_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        attempt.stopped_at.get_or_insert_with(Instant::now);
+        self.end_and_hear(to)?;
+        self.informed(from)?;
+        if self.inherit(attempt, to, from)? {
+            Self::note_unreturned_state(attempt);
+        }
+        Ok(())
+    }
+
+    /// What it said last may still be on the way: segments that hold acknowledged writes, connections.
+    fn end_and_hear(&mut self, generation: Generation) -> Result<(), Stop> {
+        self.confirm_dead(generation)?;
+        self.read_rest(generation);
+        Ok(())
+    }
+
+    /// Makes `heir` the owner after `dead`, which is; whether that one had begun to serve.
+    fn inherit(&mut self, attempt: &mut Attempt, dead: Generation, heir: Generation) -> Result<bool, Stop> {
+        self.ownership.release(dead.0);
+        let served = self.ownership.servings() != attempt.servings;
         self.about_to_write("promoted");
         self.journal
-            .promoted(attempt.handover, to, self.greeting_of(to))
+            .promoted(attempt.handover, heir, self.greeting_of(heir))
             .map_err(|error| Stop::new(with_causes(&error)))?;
-        self.own_word(to, false);
-        attempt.promoted = true;
-        attempt.undo.clear();
-        self.exchange_roles(from, to);
-        self.set_role(from, Role::Draining);
-        self.tell_own(to, attempt.handover, None, None, false)?;
-        self.await_serving(to, attempt.handover)?;
-        if !self.connections.is_empty() {
-            attempt.lost.push(format!("{} connections closed when {from} died", self.connections.len()));
-            self.connections.clear();
+        self.own_word(heir, false);
+        if heir == attempt.to {
+            attempt.promoted = true;
+            attempt.undo.clear();
         }
-        attempt.record(Phase::Promote, began, PhaseOutcome::Done);
-        attempt.blackouts.push(Blackout { us: began.elapsed().as_secs_f64() * 1e6, measured_in_kernel: false });
-        Ok(())
+        // At once, as in `switch`: whatever is heard of it, this is who serves.
+        self.exchange_roles(dead, heir);
+        self.set_role(dead, Role::Draining);
+        self.tell_own(heir, attempt.handover, None, None, false)?;
+        self.await_serving(heir, attempt.handover)?;
+        // Nobody knows what the dead one had read of them, so their clients are told by a closed connection.
+        if served && !self.connections.is_empty() {
+            attempt.lost.push(format!("{} connections closed when {dead} died", self.connections.len()));
+        }
+        attempt.end_blackout();
+        Ok(served)
     }
 
     /// Ends a generation and waits until it is known to be dead, for only then may another serve.

@@ -5,7 +5,7 @@
 //!
 //! Not here: the order of a handover (`protocol.rs`) and taking over from a predecessor (`recovery.rs`).
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::io::PipeReader;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
 use crate::member::{Member, MemberStatus, Role};
 use crate::notify::FdStore;
+use crate::standstill::Looks;
 use crate::steps::{Step, Steps};
 
 /// Names in the descriptor store of a container.
@@ -36,10 +37,8 @@ pub(crate) const KEPT_PAGE: &str = "control-page";
 pub(crate) const KEPT_OWNERSHIP: &str = "ownership-page";
 pub(crate) const KEPT_SEGMENT: &str = "segment-";
 
-/// How long a resumed or promoted process may take to say that it serves.
+/// How long a process may take to say that it serves where nobody else could.
 pub(crate) const OWNED_TIME_MAX: Duration = Duration::from_secs(5);
-/// How often a wait looks whether those it waits for are stopped, and whether somebody wants to call it off.
-const STOPPED_LOOK: Duration = Duration::from_millis(100);
 
 /// What a generation said that a handover may wait for.
 #[derive(Debug, Clone, PartialEq)]
@@ -102,6 +101,8 @@ pub struct Supervisor {
     pub(crate) errands: Vec<Errand>,
     /// The wait that goes on may be called off.
     pub(crate) cancellable: bool,
+    /// Places in `ground.listeners` of those that somebody has shut down for good.
+    pub(crate) dead_listeners: BTreeSet<usize>,
 }
 
 impl Supervisor {
@@ -132,7 +133,7 @@ impl Supervisor {
             owner: None,
             greeting: None,
             image,
-            previous_image: None,
+            previous: None,
         };
         let journal = Journal::create(journal_path, &record)?;
         let mut supervisor = Self::assemble(backend, conditions, ground, record, journal)?;
@@ -177,6 +178,7 @@ impl Supervisor {
             state_lost: None,
             errands: Vec::new(),
             cancellable: false,
+            dead_listeners: BTreeSet::new(),
         })
     }
 
@@ -213,11 +215,11 @@ impl Supervisor {
         self.members.values().map(status).collect()
     }
 
-    /// Settings that hold from now on; returns what held before. Listeners stay as they are.
+    /// Whether [`Plan::file`](crate::Plan::file) can be this one.
     ///
     /// # Errors
     /// When the file is of another service or wants other listeners.
-    pub fn configure(&mut self, file: ServiceFile, folder: PathBuf) -> Result<(ServiceFile, PathBuf), HandoverError> {
+    pub fn accepts(&self, file: &ServiceFile) -> Result<(), HandoverError> {
         if file.name != self.record.file.name {
             let problem = format!("the service file is of {}, not of {}", file.name, self.record.file.name);
             return Err(HandoverError::Refused(problem));
@@ -226,15 +228,7 @@ impl Supervisor {
             let problem = "listeners cannot change in an update; `warmswap stop` and `warmswap run` it".to_owned();
             return Err(HandoverError::Refused(problem));
         }
-        Ok((std::mem::replace(&mut self.record.file, file), std::mem::replace(&mut self.record.folder, folder)))
-    }
-
-    /// Writes down what holds now, after [`Self::configure`].
-    ///
-    /// # Errors
-    /// When the journal cannot be written.
-    pub fn save(&mut self) -> Result<(), HandoverError> {
-        Ok(self.journal.rewrite(&self.record)?)
+        Ok(())
     }
 
     /// Why the service does not run as it should, if so.
@@ -352,8 +346,8 @@ impl Supervisor {
     }
 
     /// Waits until `generation` says that it serves; returns with how many connections.
-    pub(crate) fn await_owned(&mut self, generation: Generation, handover: u64) -> Result<u64, Stop> {
-        self.wait_for("serve", OWNED_TIME_MAX, &[generation], |from, notice| match notice {
+    pub(crate) fn await_owned(&mut self, generation: Generation, handover: u64, limit: Duration) -> Result<u64, Stop> {
+        self.wait_for("serve", limit, &[generation], |from, notice| match notice {
             Notice::Owned { handover: of, connections } if from == generation && *of == handover => Some(*connections),
             _ => None,
         })
@@ -362,7 +356,7 @@ impl Supervisor {
     /// As [`Self::await_owned`], where it does not matter with how many connections: one that has taken the ownership serves,
     /// whatever is to be heard of it instead.
     pub(crate) fn await_serving(&mut self, generation: Generation, handover: u64) -> Result<(), Stop> {
-        match self.await_owned(generation, handover) {
+        match self.await_owned(generation, handover, OWNED_TIME_MAX) {
             Err(_) if self.ownership.holder() == generation.0 && !self.is_dead(generation) => Ok(()),
             other => other.map(drop),
         }
@@ -390,7 +384,7 @@ impl Supervisor {
         mut pick: impl FnMut(Generation, &Notice) -> Option<T>,
     ) -> Result<T, Stop> {
         let deadline = Instant::now() + limit;
-        let mut stopped = Vec::new();
+        let mut looks = Looks::begin();
         loop {
             while let Some((from, notice)) = self.notices.pop_front() {
                 if let Some(picked) = pick(from, &notice) {
@@ -418,15 +412,9 @@ impl Supervisor {
                 let limit_ms = limit.as_secs_f64() * 1e3;
                 return Err(Stop::new(format!("{} did not {what} within {limit_ms:.0} ms", involved.join(" and "))));
             }
-            let began = Instant::now();
-            self.pump(left.min(STOPPED_LOOK), None);
-            if began.elapsed() >= STOPPED_LOOK {
-                // Twice, because whoever debugs a process stops it for a moment now and then.
-                let now: Vec<Generation> = involved.iter().copied().filter(|g| self.is_stopped(*g)).collect();
-                if let Some(still) = now.iter().find(|generation| stopped.contains(*generation)) {
-                    return Err(Stop::new(format!("{still} is stopped by a signal and did not {what}")));
-                }
-                stopped = now;
+            self.pump(left.min(looks.due_in()), None);
+            if let Some(still) = looks.look(self, involved) {
+                return Err(Stop::new(format!("{still} is stopped by a signal and did not {what}")));
             }
         }
     }

@@ -6,6 +6,7 @@ use warmswap_model::Rung;
 
 use crate::attempt::Attempt;
 use crate::conditions::Judgement;
+use crate::standstill::Looks;
 use crate::supervisor::{Notice, Stop, Supervisor};
 
 /// How often VERIFY looks.
@@ -24,7 +25,7 @@ impl Supervisor {
         let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);
         let mut stretch_began = began;
         let mut doubted = false;
-        let mut stopped = false;
+        let mut looks = Looks::begin();
         loop {
             let step_ends = Instant::now() + VERIFY_STEP;
             while let Some(left) = step_ends.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
@@ -46,8 +47,7 @@ impl Supervisor {
             if (closed || attempt.rung < Rung::Fds) && self.is_dead(to) {
                 return Err(self.obituary(to));
             }
-            let stopped_before = std::mem::replace(&mut stopped, self.is_stopped(to));
-            if stopped_before && stopped {
+            if looks.look(self, &[to]).is_some() {
                 return Err(Stop::new(format!("{to} is stopped by a signal")));
             }
             if let Some(reason) = self.conditions.cancelled(&self.record.file.name) {
@@ -82,11 +82,13 @@ impl Supervisor {
     }
 
     /// What was measured is over; after COMMIT nobody could take back.
-    fn still_answers(&mut self, attempt: &Attempt) -> Result<(), Stop> {
+    fn still_answers(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
         if attempt.rung < Rung::Fds {
             return Ok(());
         }
         let to = attempt.to;
-        self.ask_caught_up(to, None, &[to], Instant::now() + ANSWER_TIME_MAX).map(drop)
+        let answer = self.ask_caught_up(to, None, &[to], Instant::now() + ANSWER_TIME_MAX);
+        attempt.answers = answer.is_ok();
+        answer.map(drop)
     }
 }

@@ -17,7 +17,7 @@ impl Supervisor {
     /// Why the new generation stays, whatever VERIFY found. Going back would end the only generation that serves, or lose
     /// what was acknowledged: the state has moved on to a schema that the old generation cannot read, whether the new one
     /// lives or not. `None` when the old one can take back.
-    pub(crate) fn why_kept(&mut self, attempt: &Attempt) -> Option<String> {
+    pub(crate) fn why_kept(&mut self, attempt: &mut Attempt) -> Option<String> {
         if !attempt.promoted {
             return None;
         }
@@ -40,7 +40,7 @@ impl Supervisor {
 
     /// Whether the old generation lives and knows what it must know. When it is the new one that does not answer, what
     /// the old one was told has to do.
-    fn can_take_back(&mut self, attempt: &Attempt) -> Result<(), Stop> {
+    fn can_take_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
         let (from, to) = (attempt.from, attempt.to);
         if self.is_dead(from) {
             return Err(self.obituary(from));
@@ -49,12 +49,13 @@ impl Supervisor {
             return Ok(());
         }
         let deadline = Instant::now() + HAND_BACK_TIME_MAX;
-        let newest = self.ask_caught_up(to, None, &[from, to], deadline);
+        let newest = attempt.answers.then(|| self.ask_caught_up(to, None, &[from, to], deadline).ok()).flatten();
+        attempt.answers = newest.is_some();
         self.informed(from)?;
         match newest {
-            Ok(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).map(drop),
-            Err(_) if self.is_dead(from) => Err(self.obituary(from)),
-            Err(_) => Ok(()),
+            Some(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).map(drop),
+            None if self.is_dead(from) => Err(self.obituary(from)),
+            None => Ok(()),
         }
     }
 

@@ -15,4 +15,4 @@ mod store;
 
 pub use error::HistoryError;
 pub use retention::{Removed, Retention};
-pub use store::{BlobKind, History};
+pub use store::{BlobKind, History, STEPS_KEPT};

@@ -35,6 +35,8 @@ pub(crate) const MINUTES: u8 = 1;
 
 const MINUTE_MS: u64 = 60_000;
 const FILE_NAME: &str = "history.redb";
+/// Handovers of a service whose single steps are kept: they are nearly all of a report.
+pub const STEPS_KEPT: usize = 16;
 /// Pages kept in memory. The agent reads recent windows only; the kernel's page cache holds the rest.
 const CACHE_BYTES: usize = 16 << 20;
 
@@ -212,7 +214,8 @@ impl History {
         })
     }
 
-    /// Keeps a report under its service and id; the same id again replaces it.
+    /// Keeps a report under its service and id; the same id again replaces it. Its single steps are kept for as long as there
+    /// are fewer than [`STEPS_KEPT`] newer reports of the service.
     pub fn append_report(&self, report: &HandoverReport) -> Result<(), HistoryError> {
         let encoded = encode::report_to_bytes(report).map_err(|error| error.to_string());
         // JSON has no infinity and no NaN: a report that could not be read back would make all reports unreadable.
@@ -220,7 +223,17 @@ impl History {
             HistoryError::Encode { file: self.file.clone(), doing: "encode a handover report", what }
         })?;
         self.write("append a handover report", |tx| {
-            tx.open_table(REPORTS)?.insert((report.service.as_str(), report.id), bytes.as_slice())?;
+            let mut reports = tx.open_table(REPORTS)?;
+            let name = report.service.as_str();
+            reports.insert((name, report.id), bytes.as_slice())?;
+            let old = reports.range((name, 0)..=(name, u64::MAX))?.rev().nth(STEPS_KEPT).transpose()?;
+            let old =
+                old.map(|(_, bytes)| encode::report_from_bytes(bytes.value()).map_err(Inner::Damaged)).transpose()?;
+            if let Some(old) = old.filter(|old| !old.steps.is_empty()) {
+                let shorter = HandoverReport { steps: Vec::new(), ..old };
+                let bytes = encode::report_to_bytes(&shorter).map_err(|error| Inner::Encode(error.to_string()))?;
+                reports.insert((name, shorter.id), bytes.as_slice())?;
+            }
             Ok(())
         })
     }

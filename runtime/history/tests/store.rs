@@ -6,10 +6,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use warmswap_history::{BlobKind, History, HistoryError, Retention};
+use warmswap_history::{BlobKind, History, HistoryError, Retention, STEPS_KEPT};
 use warmswap_model::{
     CgroupId, ConnectionCounts, FeatureWindow, Generation, HandoverReport, LatencyHistogram, PerResource, ProbeCounts,
-    Rung, ServiceName, StateMove, Trigger, Verdict,
+    Rung, ServiceName, StateMove, StepTiming, Trigger, Verdict,
 };
 
 /// A full minute, so that minutes and windows begin together.
@@ -60,6 +60,23 @@ fn report(id: u64, service: &str) -> HandoverReport {
         after: None,
         forecast: None,
         reservation: PerResource::default(),
+    }
+}
+
+#[test]
+fn steps_are_kept_of_the_latest_handovers_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let history = History::open(folder.path()).unwrap();
+    let steps = vec![StepTiming { at_us: 1.5, what: "tell g2 Own".into() }];
+    let count = STEPS_KEPT as u64 + 3;
+    for id in 1..=count {
+        history.append_report(&HandoverReport { steps: steps.clone(), ..report(id, "a") }).unwrap();
+        history.append_report(&HandoverReport { steps: steps.clone(), ..report(id, "a-b") }).unwrap();
+    }
+    let kept = history.reports(&name("a")).unwrap();
+    assert_eq!(kept.len() as u64, count);
+    for report in kept {
+        assert_eq!(report.steps.is_empty(), report.id <= count - STEPS_KEPT as u64, "{report:?}");
     }
 }
 

@@ -229,7 +229,8 @@ pub struct HandoverReport {
     /// Everything the supervisor did and heard, in order.
     #[serde(default)]
     pub steps: Vec<StepTiming>,
-    /// Forward and, after a rollback, backward. Empty when the new generation never served.
+    /// Each time in which nobody served: forward and, after a rollback, backward; one that ended with the old generation
+    /// serving again as well. Empty when the old generation was never asked to stop.
     pub blackouts: Vec<Blackout>,
     pub connections: ConnectionCounts,
     #[serde(default)]

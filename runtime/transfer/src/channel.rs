@@ -93,6 +93,8 @@ pub type ServiceChannel = Channel<ToSupervisor, ToService>;
 pub struct Channel<Out, In> {
     fd: OwnedFd,
     buffer: AlignedVec,
+    /// Of the packet received last.
+    sender: Option<i32>,
     directions: PhantomData<fn(Out) -> In>,
 }
 
@@ -129,7 +131,21 @@ impl<Out: Message, In: Message> Channel<Out, In> {
     fn wrap(fd: OwnedFd) -> Self {
         let mut buffer = AlignedVec::new();
         buffer.resize(MESSAGE_LEN_MAX, 0);
-        Self { fd, buffer, directions: PhantomData }
+        Self { fd, buffer, sender: None, directions: PhantomData }
+    }
+
+    /// From now on the kernel attests who sends what arrives here.
+    ///
+    /// # Errors
+    /// When the kernel does not do that.
+    pub fn attest_senders(&self) -> Result<(), ChannelError> {
+        set_socket_option(self.fd.as_fd(), libc::SO_PASSCRED, 1).map_err(system("have senders attested on"))
+    }
+
+    /// The process that sent the packet received last, whether it could be understood or not. `None` when nobody attests it.
+    #[must_use]
+    pub const fn sender(&self) -> Option<i32> {
+        self.sender
     }
 
     #[must_use]
@@ -270,7 +286,8 @@ impl<Out: Message, In: Message> Channel<Out, In> {
             }
         };
         // Own the descriptors before anything can fail.
-        let descriptors = take_descriptors(&header);
+        let (descriptors, sender) = take_control(&header);
+        self.sender = sender;
         if header.msg_flags & libc::MSG_TRUNC != 0 {
             return Err(ChannelError::TooLong { len });
         }
@@ -341,35 +358,46 @@ fn check_outgoing<M: Message>(message: &M, descriptors: &[BorrowedFd<'_>]) -> Re
     Ok(bytes)
 }
 
-/// Room for one control message with [`DESCRIPTORS_MAX`] descriptors, aligned for its header.
-struct ControlBuffer([u64; 130]);
+/// Room for [`DESCRIPTORS_MAX`] descriptors and the credentials of their sender, aligned for the headers.
+struct ControlBuffer([u64; 134]);
 
 impl ControlBuffer {
     fn new() -> Self {
         // SAFETY: CMSG_SPACE only computes.
-        const { assert!(unsafe { libc::CMSG_SPACE(DESCRIPTORS_MAX as u32 * 4) } as usize <= size_of::<Self>()) };
-        Self([0; 130])
+        const LEN: u32 =
+            unsafe { libc::CMSG_SPACE(DESCRIPTORS_MAX as u32 * 4) + libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) };
+        const { assert!(LEN as usize <= size_of::<Self>()) };
+        Self([0; 134])
     }
 }
 
-fn take_descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
-    let mut taken = Vec::new();
-    // SAFETY: the kernel filled the control buffer that `header` describes; the CMSG macros walk inside it, and every
-    // descriptor in an SCM_RIGHTS message is ours alone from now on.
+/// The descriptors of a packet, and the process that sent it.
+fn take_control(header: &libc::msghdr) -> (Vec<OwnedFd>, Option<i32>) {
+    let (mut taken, mut sender) = (Vec::new(), None);
+    // SAFETY: the kernel filled the control buffer that `header` describes; the CMSG macros walk inside it, every
+    // descriptor in an SCM_RIGHTS message is ours alone from now on, and credentials are read only when they are whole.
     unsafe {
         let mut cmsg = libc::CMSG_FIRSTHDR(header);
         while !cmsg.is_null() {
-            if (*cmsg).cmsg_level == libc::SOL_SOCKET && (*cmsg).cmsg_type == libc::SCM_RIGHTS {
-                let payload = ((*cmsg).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
-                let data = libc::CMSG_DATA(cmsg).cast::<libc::c_int>();
-                for at in 0..payload / size_of::<libc::c_int>() {
-                    taken.push(OwnedFd::from_raw_fd(data.add(at).read_unaligned()));
+            let payload = ((*cmsg).cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
+            match ((*cmsg).cmsg_level, (*cmsg).cmsg_type) {
+                (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                    let data = libc::CMSG_DATA(cmsg).cast::<libc::c_int>();
+                    for at in 0..payload / size_of::<libc::c_int>() {
+                        taken.push(OwnedFd::from_raw_fd(data.add(at).read_unaligned()));
+                    }
                 }
+                (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if payload >= size_of::<libc::ucred>() => {
+                    // 0: a process that has no number here.
+                    let pid = libc::CMSG_DATA(cmsg).cast::<libc::ucred>().read_unaligned().pid;
+                    sender = (pid > 0).then_some(pid);
+                }
+                _ => {}
             }
             cmsg = libc::CMSG_NXTHDR(header, cmsg);
         }
     }
-    taken
+    (taken, sender)
 }
 
 fn set_socket_option(fd: BorrowedFd<'_>, name: libc::c_int, value: libc::c_int) -> io::Result<()> {

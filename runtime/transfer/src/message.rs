@@ -128,8 +128,8 @@ pub enum ToService {
     /// `connections_open`: how many connections the receiver must hold, `None` when unknown. `follow`: as after
     /// `Follow{on}`, but the other process already holds every connection: send changes only.
     ///
-    /// A process that yielded and is told to own again takes back what it carried over when the control word is what
-    /// it was at `Yielded` (nobody served since). Otherwise, when `connections_open` is `None` and the word is not
+    /// A process that yielded and is told to own again takes back what it carried over when nobody has begun to serve since,
+    /// which the ownership page says. Otherwise, when `connections_open` is `None` and the word is not
     /// `orderly`, an owner died with whatever it had read and not answered: connections are closed, because a client can
     /// deal with an end but not with an answer that never comes.
     ///

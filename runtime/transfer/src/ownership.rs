@@ -13,8 +13,11 @@
 //!                            └─────────────────────────────────────────────────▶ free
 //! ```
 //!
+//! The holder says [when it begins to serve](OwnershipCell::begin_serving), and the page counts that. One that yielded and
+//! is told to own again thereby knows whether anybody has served since: if not, nobody has read a byte of its connections.
+//!
 //! Not for: a hostile generation of the same service, which can write the page as it can write the log. The word
-//! (unsigned): term (32 high bits), holder (32). The term counts acquisitions, so that no word comes twice.
+//! (unsigned): servings (32 high bits), holder (32).
 
 use std::time::Duration;
 
@@ -29,15 +32,15 @@ pub const CLAIM_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct OwnershipCell(AtomicU64);
 
-const fn word(term: u32, holder: u32) -> u64 {
-    (term as u64) << 32 | holder as u64
+const fn word(servings: u32, holder: u32) -> u64 {
+    (servings as u64) << 32 | holder as u64
 }
 
 const fn holder(word: u64) -> u32 {
     word as u32
 }
 
-const fn term(word: u64) -> u32 {
+const fn servings(word: u64) -> u32 {
     (word >> 32) as u32
 }
 
@@ -56,6 +59,18 @@ impl OwnershipCell {
         holder(self.0.load(Ordering::Acquire))
     }
 
+    /// How often a generation has begun to serve, wrapping.
+    #[must_use]
+    pub fn servings(&self) -> u32 {
+        servings(self.0.load(Ordering::Acquire))
+    }
+
+    /// The holder serves from now on, and says so before it reads the first byte of a client.
+    pub fn begin_serving(&self) {
+        // Whoever takes the lock from it acquires what this released.
+        self.0.fetch_add(word(1, 0), Ordering::Release);
+    }
+
     /// Takes the lock for `generation`; true when it holds it now, also when it did before.
     pub fn try_acquire(&self, generation: u32) -> bool {
         debug_assert!(generation != 0, "0 is nobody");
@@ -67,7 +82,7 @@ impl OwnershipCell {
             if holder(seen) != 0 {
                 return false;
             }
-            let taken = word(term(seen).wrapping_add(1), generation);
+            let taken = word(servings(seen), generation);
             // Acquire pairs with the release of the last holder: everything it published is visible before this one serves.
             match self.0.compare_exchange_weak(seen, taken, Ordering::Acquire, Ordering::Relaxed) {
                 Ok(_) => return true,
@@ -82,7 +97,7 @@ impl OwnershipCell {
         let mut seen = self.0.load(Ordering::Relaxed);
         while holder(seen) == generation && generation != 0 {
             // Release: the other side of `try_acquire`.
-            match self.0.compare_exchange_weak(seen, word(term(seen), 0), Ordering::Release, Ordering::Relaxed) {
+            match self.0.compare_exchange_weak(seen, word(servings(seen), 0), Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return true,
                 Err(now) => seen = now,
             }
@@ -127,6 +142,12 @@ mod mapped {
         pub fn map(fd: BorrowedFd<'_>) -> Result<Self, PageError> {
             Page::open(fd, &OWNERSHIP_PAGE, true).map(Self)
         }
+
+        /// Whether both are views of one page.
+        #[must_use]
+        pub fn is_same_as(&self, other: &Self) -> bool {
+            self.0.is_same_as(&other.0)
+        }
     }
 
     impl Deref for OwnershipLock {
@@ -159,6 +180,17 @@ mod mapped {
             assert!(supervisor.release(1));
             assert!(service.try_acquire(2));
             assert_eq!(supervisor.holder(), 2);
+        }
+
+        #[test]
+        fn servings_are_counted_and_acquisitions_are_not() {
+            let lock = OwnershipLock::create().unwrap();
+            assert!(lock.try_acquire(1));
+            assert_eq!(lock.servings(), 0);
+            lock.begin_serving();
+            assert_eq!((lock.servings(), lock.holder()), (1, 1));
+            assert!(lock.release(1) && lock.try_acquire(2) && lock.release(2));
+            assert_eq!((lock.servings(), lock.holder()), (1, 0), "2 held it and did not serve");
         }
     }
 }

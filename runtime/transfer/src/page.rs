@@ -78,6 +78,12 @@ impl Page {
         Ok(Self { fd: fd.try_clone_to_owned().map_err(system("duplicate"))?, map })
     }
 
+    /// Whether both are views of one file.
+    pub(crate) fn is_same_as(&self, other: &Self) -> bool {
+        let file = |page: &Self| sys::identity(page.fd.as_fd()).ok();
+        file(self).is_some_and(|of| Some(of) == file(other))
+    }
+
     /// The word as `C`, which must be a transparent wrapper of an atomic u64.
     pub(crate) fn word<C>(&self) -> &C {
         const { assert!(size_of::<C>() == 8 && align_of::<C>() == 8) };
@@ -104,7 +110,8 @@ mod tests {
     fn anything_else_is_refused() {
         let refused = |fd: BorrowedFd<'_>| matches!(Page::open(fd, &KIND, false), Err(PageError::Foreign { .. }));
         let page = Page::create(&KIND).unwrap();
-        assert!(Page::open(page.as_fd(), &KIND, true).is_ok());
+        let view = Page::open(page.as_fd(), &KIND, true).unwrap();
+        assert!(view.is_same_as(&page) && !Page::create(&KIND).unwrap().is_same_as(&page));
         let unsealed = sys::memfd(c"x", PAGE_LEN as u64).unwrap();
         assert!(refused(unsealed.as_fd()));
         let long = sys::memfd(c"x", 2 * PAGE_LEN as u64).unwrap();

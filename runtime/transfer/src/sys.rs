@@ -44,13 +44,22 @@ pub(crate) fn is_tmpfs(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(found.f_type == libc::TMPFS_MAGIC)
 }
 
-/// Size in bytes as `fstat` says.
-pub(crate) fn len(fd: BorrowedFd<'_>) -> io::Result<u64> {
+fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
     // SAFETY: an all-zero stat is a valid value of this plain C struct.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: `stat` outlives the call.
     check(unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) })?;
-    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+    Ok(stat)
+}
+
+/// Size in bytes as `fstat` says.
+pub(crate) fn len(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(u64::try_from(stat(fd)?.st_size).unwrap_or(0))
+}
+
+/// Device and inode: the same for every descriptor of one file.
+pub(crate) fn identity(fd: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+    stat(fd).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 /// A shared mapping of the first `len` bytes of a file, unmapped on drop.

@@ -128,6 +128,7 @@ fn of_two_generations_that_help_themselves_one_serves_and_sees_what_was_publishe
             }
             // SAFETY: loom checks that nobody else serves at the same time.
             serving.with_mut(|serving| unsafe { *serving = generation });
+            lock.begin_serving();
             assert_eq!(memory.read_committed()[0], 10, "everything the last holder published");
             assert!(lock.release(generation));
             true
@@ -137,7 +138,14 @@ fn of_two_generations_that_help_themselves_one_serves_and_sees_what_was_publishe
             thread::spawn(move || {
                 memory.write(0, 10);
                 memory.commit.publish(1);
+                let servings = lock.servings();
                 assert!(lock.release(1));
+                if !lock.try_acquire(1) {
+                    return false;
+                }
+                // SAFETY: loom checks that nobody else serves at the same time.
+                let served = serving.with(|serving| unsafe { *serving } != 0);
+                assert_eq!(lock.servings() != servings, served, "it knows whether anybody served since");
                 serve(&memory, &lock, &serving, 1)
             })
         };

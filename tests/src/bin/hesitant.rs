@@ -1,7 +1,8 @@
 //! A shadow that takes part in its handover up to a place, which is its argument, and waits there:
 //!
 //! * `ready`: it has joined and does not say that it is ready;
-//! * `round-N`: it does not say that it has caught up for the `N`th time.
+//! * `round-N`: it does not say that it has caught up for the `N`th time;
+//! * `own`: it is told to serve and takes up the state without end.
 //!
 //! It keeps the connections it is sent, and never serves.
 
@@ -23,9 +24,9 @@ const STEP: Duration = Duration::from_millis(1);
 const SCHEMA: u32 = 1;
 
 fn main() -> Result<()> {
-    let place = std::env::args().nth(1).context("say where to wait: `ready` or `round-N`")?;
+    let place = std::env::args().nth(1).context("say where to wait: `ready`, `round-N` or `own`")?;
     let round = place.strip_prefix("round-").map(str::parse).transpose().context("the N of `round-N` is no number")?;
-    let mut service = warmswap_sdk::join(ReadsNothing { rounds_left: round })?;
+    let mut service = warmswap_sdk::join(ReadsNothing { rounds_left: round, hangs_owning: place == "own" })?;
     if place == "ready" {
         hesitate();
     }
@@ -54,6 +55,7 @@ fn hesitate() {
 /// State that claims to have been read.
 struct ReadsNothing {
     rounds_left: Option<u32>,
+    hangs_owning: bool,
 }
 
 impl State for ReadsNothing {
@@ -74,6 +76,9 @@ impl State for ReadsNothing {
     }
 
     fn become_owner(&mut self, _commit: Option<Commit>) -> Result<(), LogError> {
+        if self.hangs_owning {
+            hesitate();
+        }
         Ok(())
     }
 

@@ -1,21 +1,12 @@
 //! Who is there, and what can be done to them.
 
 use std::fs;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::channel::{End, send_as};
 use crate::store::Store;
-
-/// In the name of whom garbage is sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// The generation seems to say it.
-    ToAgent,
-    /// The agent seems to say it.
-    FromAgent,
-}
 
 /// The processes of the service before a handover. While the agent stands still nobody can ask it.
 #[derive(Debug)]
@@ -64,35 +55,12 @@ pub(super) fn is_stopped(pid: i32) -> bool {
     text.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
 }
 
-/// Sends garbage over the control channel of a generation. Both of its ends are in the process's environment.
-pub(super) fn garble(pid: i32, direction: Direction) {
-    let variable = match direction {
-        Direction::ToAgent => "WARMSWAP_CONTROL_FD=",
-        Direction::FromAgent => "WARMSWAP_RESCUE_FD=",
-    };
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    let mut values = environment.split(|byte| *byte == 0).filter_map(|line| line.strip_prefix(variable.as_bytes()));
-    let number = values.next().and_then(|value| std::str::from_utf8(value).ok()?.parse::<i32>().ok());
+/// Sends garbage over the control channel of a generation, in its name.
+pub(super) fn garble(pid: i32, end: End) {
     // One that has not begun to run, or has ended, says nothing.
-    let Some(end) = number.and_then(|number| descriptor_of(pid, number)) else { return };
+    let Some(end) = end.of(pid) else { return };
     let garbage: Vec<u8> = (0..200_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     for length in [200, 64, 7] {
-        // SAFETY: a live descriptor and a buffer at least `length` long. A full socket is as good: nothing is said then.
-        unsafe {
-            libc::send(end.as_raw_fd(), garbage.as_ptr().cast(), length, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
-        };
+        send_as(pid, &end, &garbage[..length]);
     }
-}
-
-/// A duplicate of another process's descriptor.
-fn descriptor_of(pid: i32, number: i32) -> Option<OwnedFd> {
-    let owned = |fd: libc::c_long| {
-        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-        // SAFETY: the kernel has just made it for us.
-        Some(unsafe { OwnedFd::from_raw_fd(fd) })
-    };
-    // SAFETY: integers only; a new descriptor or -1.
-    let pidfd = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    // SAFETY: as above, on a live pidfd.
-    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) })
 }

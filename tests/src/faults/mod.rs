@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+use crate::channel::End;
 use crate::store::{Settings, Store};
 use crate::wait::within;
 use harm::Processes;
@@ -314,10 +315,10 @@ impl Disturbed {
             (Actor::Agent, Harm::Stop) => std::thread::sleep(STANDSTILL),
             (Actor::Agent, Harm::Corrupt) => {
                 for pid in processes.active.iter().chain(&shadow) {
-                    harm::garble(*pid, harm::Direction::FromAgent);
+                    harm::garble(*pid, End::Agent);
                 }
             }
-            (_, Harm::Corrupt) => targets.iter().for_each(|pid| harm::garble(*pid, harm::Direction::ToAgent)),
+            (_, Harm::Corrupt) => targets.iter().for_each(|pid| harm::garble(*pid, End::Service)),
             (_, Harm::Kill) => targets.iter().try_for_each(|pid| harm::signal(*pid, libc::SIGKILL))?,
             (_, Harm::Stop) => targets.iter().try_for_each(|pid| harm::signal(*pid, libc::SIGSTOP))?,
         }

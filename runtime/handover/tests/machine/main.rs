@@ -288,6 +288,7 @@ impl System {
             handover: self.handovers,
             trigger: Trigger::Request,
             image: stage::image_ref(&self.images, to),
+            file: None,
             forecast: None,
             reservation: PerResource::default(),
             shadow_cpus: None,
@@ -352,7 +353,8 @@ impl System {
                 // Where both are dead, the next look makes another.
                 let rightful = owner.is_none_or(|owner| owner == from || !self.is_alive(owner));
                 ensure!(rightful, "{verdict}, and {owner:?} owns: {reason}");
-                ensure!(report.verdict == Verdict::RolledBack || promoted == 0, "aborted, with a blackout");
+                let stopped = report.phases.iter().any(|timing| timing.phase == Phase::Quiesce);
+                ensure!(promoted == 0 || stopped, "{promoted} blackouts, and nobody was asked to stop");
             }
         }
         self.model.next = self.supervisor().record().next_generation;
@@ -437,10 +439,10 @@ impl System {
             model.owner
         );
         ensure!(
-            record.image == image && record.previous_image == previous,
+            record.image == image && record.previous.as_ref().map(|version| &version.image) == previous.as_ref(),
             "{:?}, {:?}",
             record.image,
-            record.previous_image
+            record.previous
         );
         let journal = Journal::read(&self.journal).map_err(|error| TestCaseError::fail(error.to_string()))?;
         let journal = journal.ok_or_else(|| TestCaseError::fail("no journal"))?;

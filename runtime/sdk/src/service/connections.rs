@@ -21,8 +21,9 @@ impl<S: State> Service<S> {
     pub(super) fn settle_connections(&mut self, connections_open: Option<u64>) {
         let yielded = self.yielded.take();
         let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
-        match yielded.filter(|yielded| word == yielded.word && connections_open.is_none()) {
-            // Nobody served since.
+        let servings = self.link.as_ref().map(|link| link.shared.ownership.servings());
+        match yielded.filter(|yielded| yielded.servings == servings && connections_open.is_none()) {
+            // Nobody served since, whoever was to.
             Some(yielded) => {
                 for (cookie, carry) in yielded.carry {
                     if self.connections.contains_key(&cookie) {

@@ -152,7 +152,9 @@ struct Known {
 struct Yielded {
     handover: u64,
     carry: HashMap<u64, Vec<u8>>,
-    word: ControlWord,
+    /// [How often](warmswap_transfer::ownership::OwnershipCell::servings) somebody had begun to serve by then. `None`: that
+    /// cannot be compared any more.
+    servings: Option<u32>,
 }
 
 /// See the crate's documentation.
@@ -433,8 +435,8 @@ impl<S: State> Service<S> {
         self.role = Role::Follower;
         self.follow = false;
         self.preparation = Preparation::default();
-        let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
-        self.yielded = Some(Yielded { handover, carry: kept, word });
+        let servings = self.link.as_ref().map(|link| link.shared.ownership.servings());
+        self.yielded = Some(Yielded { handover, carry: kept, servings });
         self.release_ownership();
         let connections_open = self.connections.len() as u64;
         match state_problem {
@@ -500,7 +502,12 @@ impl<S: State> Service<S> {
             ToService::Welcome { .. } => {}
             ToService::NewSupervisor => {
                 if let Some(link) = self.link.as_mut() {
-                    link.shared = Shared::new(fds)?;
+                    let before = std::mem::replace(&mut link.shared, Shared::new(fds)?);
+                    if let Some(yielded) = &mut self.yielded
+                        && !link.shared.ownership.is_same_as(&before.ownership)
+                    {
+                        yielded.servings = None;
+                    }
                     if self.role == Role::Owner {
                         // The same lock as before, unless nobody had kept it.
                         link.shared.ownership.try_acquire(link.generation);

@@ -47,6 +47,9 @@ impl<S: State> Service<S> {
     }
 
     fn begin_to_serve(&mut self, handover: u64) {
+        if let Some(link) = &self.link {
+            link.shared.ownership.begin_serving();
+        }
         self.serving_for = Some(handover);
         self.events.push_back(Event::BecomeOwner { handover });
     }

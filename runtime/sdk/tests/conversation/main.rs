@@ -70,6 +70,16 @@ impl<S: State> Stage<S> {
         self.tell(&ToService::Own { handover: 9, commit, connections_open, follow });
     }
 
+    /// Generation 6 is made owner and dies.
+    fn another_owner(&mut self, serves: bool) {
+        self.word(6, true);
+        assert!(self.ownership.try_acquire(6));
+        if serves {
+            self.ownership.begin_serving();
+        }
+        assert!(self.ownership.release(6));
+    }
+
     fn events(&mut self) -> Vec<Event> {
         std::iter::from_fn(|| self.service.poll().unwrap()).collect()
     }
@@ -317,7 +327,45 @@ fn connections_of_an_owner_that_died_are_closed() {
     stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
     stage.events();
     stage.service.yielded(Vec::new()).unwrap();
-    stage.word(6, true);
+    stage.another_owner(true);
+    stage.own(None, None, false);
+    let events = stage.events();
+    assert!(
+        matches!(events[..], [Event::ConnectionClosed { cookie: of }, Event::BecomeOwner { .. }] if of == cookie),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn connections_are_kept_when_the_owner_between_died_before_it_began_to_serve() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    stage.another_owner(false);
+    stage.own(None, None, false);
+    let events = stage.events();
+    assert!(
+        matches!(&events[..], [Event::ConnectionCarry { cookie: of, carry }, Event::BecomeOwner { .. }]
+            if *of == cookie && carry == &[7; 3]),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn a_new_ownership_page_does_not_say_who_served_before() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(Vec::new()).unwrap();
+    stage.another_owner(true);
+    // The next supervisor found the page nowhere. On its own, too, somebody has served once.
+    stage.ownership = OwnershipLock::create().unwrap();
+    stage.another_owner(true);
+    let pages = [stage.page.as_fd(), stage.ownership.as_fd(), stage.lifeline.0.as_fd()];
+    stage.channel.send(&ToService::NewSupervisor, &pages).unwrap();
     stage.own(None, None, false);
     let events = stage.events();
     assert!(
