@@ -5,6 +5,7 @@ use std::process::Child;
 use anyhow::{Context as _, Result};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
+use nix::unistd;
 
 use crate::process;
 
@@ -39,6 +40,10 @@ impl Drop for Hogs {
 /// What a hog does, until its parent ends.
 pub(crate) fn burn() -> Result<std::convert::Infallible> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // A neighbour is not of our session. With autogroups (`kernel.sched_autogroup_enabled`) it would share the clients' group,
+    // whose weight changes at every request; on Linux 6.18 a busy group whose weight does that can keep every other one
+    // from a processor for seconds.
+    unistd::setsid()?;
     let mut number = 1_u64;
     loop {
         number = std::hint::black_box(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number >> 7);

@@ -47,15 +47,14 @@ pub(super) const QUICK: Plan = Plan {
 };
 
 /// Less than ten minutes, on a slow host too: groups that are out of time end with fewer rounds, and rows say how many.
-/// With the hogs everything takes several times as long.
 pub(super) const WHOLE: Plan = Plan {
     groups: &[
         group(0, 0, 20, 80),
-        group(100, 0, 20, 125),
-        group(1000, 0, 20, 125),
-        group(0, 2, 20, 20),
-        group(100, 2, 20, 25),
-        group(1000, 2, 20, 25),
+        group(100, 0, 20, 105),
+        group(1000, 0, 20, 120),
+        group(0, 2, 20, 45),
+        group(100, 2, 20, 45),
+        group(1000, 2, 20, 45),
     ],
     groups_time_max: Duration::from_secs(440),
     small_per_round: 5,
@@ -90,7 +89,7 @@ mod tests {
         let small = WHOLE.groups.iter().filter(|group| group.hogs == 0);
         assert!(small.map(|group| group.rounds * WHOLE.small_per_round).all(|handovers| handovers >= 100));
         let seconds = |plan: &Plan| plan.groups.iter().map(|group| group.time_max.as_secs()).sum::<u64>();
-        assert!(seconds(&WHOLE) <= 420 && seconds(&QUICK) <= 15);
+        assert!(seconds(&WHOLE) <= 440 && seconds(&QUICK) <= 15);
     }
 
     #[test]

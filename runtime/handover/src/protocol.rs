@@ -15,7 +15,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use warmswap_backend::{BackendError, ContainerState, Limits};
+use warmswap_backend::{BackendError, ContainerState};
 use warmswap_model::{
     Blackout, ConnectionCounts, DemandVector, Generation, HandoverReport, ImageRef, PerResource, Phase, PhaseOutcome,
     Rung, ServiceFile, StateMove, Trigger, Verdict, with_causes,
@@ -36,8 +36,6 @@ use crate::way_back::HAND_BACK_TIME_MAX;
 
 /// How far back "before" reaches.
 const BASELINE: Duration = Duration::from_secs(10);
-/// Share of CPU of a shadow that is about to serve, against 100 for one that does: in the blackout it waits for nobody.
-const SWITCH_CPU_WEIGHT: u32 = 1000;
 /// How long a process that is told to own may take to say that it serves, where another one waits that would take back. A
 /// longer budget for the blackout is one for this as well: a snapshot has to be read.
 const PROMOTE_TIME_MAX: Duration = Duration::from_secs(1);
@@ -222,7 +220,8 @@ impl Supervisor {
                 old.schema_written, new.schemas_read
             ))),
             (Some(_), None) => Err(Stop::new(format!(
-                "{to} does not link the warmswap SDK while {from} does: its connections and state would be lost"
+                "{to} does not link the warmswap SDK, or did not join in time, while {from} does: its connections and state \
+                 would be lost"
             ))),
             (None, _) => Ok(self.rung_of_a_stranger(ports)),
         }
@@ -304,18 +303,9 @@ impl Supervisor {
     pub(crate) fn activate(&self, plan: &Plan, to: Generation) {
         let cpus = plan.shadow_cpus.as_ref().and_then(|_| self.backend.capacity().ok());
         let cpus = cpus.map(|capacity| (0..capacity.cpus).collect());
-        self.limit(to, &Limits { cpu_weight: Some(SWITCH_CPU_WEIGHT), cpus, ..Limits::default() });
-    }
-
-    /// A share of the CPU like any other service's, after the switch.
-    pub(crate) fn settle_down(&self, owner: Generation) {
-        self.limit(owner, &self.owner_limits(None));
-    }
-
-    fn limit(&self, generation: Generation, limits: &Limits) {
-        self.steps.take(Step::Backend("set limits of", generation));
-        if let Err(error) = self.backend.set_limits(&self.container(generation), limits) {
-            tracing::warn!("the limits of {generation} stay as they were: {}", with_causes(&error));
+        self.steps.take(Step::Backend("set limits of", to));
+        if let Err(error) = self.backend.set_limits(&self.container(to), &self.owner_limits(cpus)) {
+            tracing::warn!("the limits of {to} stay as they were: {}", with_causes(&error));
         }
     }
 

@@ -4,7 +4,7 @@
 //! a generation that is warm and knows the state stands beside it. What such a takeover costs is what the death of an owner
 //! always costs, its connections, because nobody knows what it had read of them; never its state.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use warmswap_backend::ContainerState;
 use warmswap_model::{Generation, Phase, PhaseOutcome, Rung, StateMove, with_causes};
@@ -13,7 +13,11 @@ use crate::attempt::Attempt;
 use crate::member::{Member, Role};
 use crate::protocol::Plan;
 use crate::steps::Step;
-use crate::supervisor::{OWNED_TIME_MAX, Stop, Supervisor};
+use crate::supervisor::{Stop, Supervisor};
+
+/// How long a killed process may take to end: it needs a processor for that, and a starved host gives none. Nobody may serve
+/// before it has.
+const DEATH_TIME_MAX: Duration = Duration::from_secs(30);
 
 impl Supervisor {
     /// Whether the shadow of a handover that failed before PROMOTE should take over: its owner serves nobody, and it could.
@@ -105,7 +109,7 @@ impl Supervisor {
         let id = self.container(generation);
         self.steps.take(Step::Backend("kill", generation));
         let _ = self.backend.signal(&id, libc::SIGKILL); // fails when it is dead already, which the wait confirms
-        match self.backend.wait(&id, OWNED_TIME_MAX) {
+        match self.backend.wait(&id, DEATH_TIME_MAX) {
             Ok(ContainerState::Exited { .. }) => Ok(()),
             other => Err(Stop::new(format!("{generation} cannot be confirmed dead ({other:?})"))),
         }

@@ -19,7 +19,6 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(1);
 impl Supervisor {
     pub(crate) fn verify(&mut self, attempt: &mut Attempt) -> Result<String, Stop> {
         let to = attempt.to;
-        self.settle_down(to);
         let began = Instant::now();
         let limits = self.record.file.handover;
         let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);
@@ -82,13 +81,11 @@ impl Supervisor {
     }
 
     /// What was measured is over; after COMMIT nobody could take back.
-    fn still_answers(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+    fn still_answers(&mut self, attempt: &Attempt) -> Result<(), Stop> {
         if attempt.rung < Rung::Fds {
             return Ok(());
         }
         let to = attempt.to;
-        let answer = self.ask_caught_up(to, None, &[to], Instant::now() + ANSWER_TIME_MAX);
-        attempt.answers = answer.is_ok();
-        answer.map(drop)
+        self.ask_caught_up(to, None, &[to], Instant::now() + ANSWER_TIME_MAX).map(drop)
     }
 }

@@ -114,8 +114,8 @@ pub struct Outcome {
     pub missed: Vec<Point>,
     /// What did not hold, in words.
     pub broken: Vec<String>,
-    /// Longest time without an answer, over all points.
-    pub outage_max: Duration,
+    /// Longest time without an answer, over all points, and where that was.
+    pub outage_max: (Duration, String),
 }
 
 impl fmt::Display for Outcome {
@@ -128,7 +128,8 @@ impl fmt::Display for Outcome {
             let (kill, stop, corrupt) = (count(Harm::Kill), count(Harm::Stop), count(Harm::Corrupt));
             writeln!(f, "{:>10} {kill:>6} {stop:>6} {corrupt:>8}", format!("{actor:?}").to_lowercase())?;
         }
-        writeln!(f, "longest time without an answer: {} ms", self.outage_max.as_millis())?;
+        let (outage, point) = &self.outage_max;
+        writeln!(f, "longest time without an answer: {} ms, at {point}", outage.as_millis())?;
         if !self.missed.is_empty() {
             writeln!(f, "{} points were not reached (their handover took fewer steps)", self.missed.len())?;
         }
@@ -225,7 +226,9 @@ impl Disturbed {
                 broken.push(format!("{error:#}"));
             }
             let seen = self.watch.since(began);
-            outcome.outage_max = outcome.outage_max.max(seen.outage);
+            if seen.outage > outcome.outage_max.0 {
+                outcome.outage_max = (seen.outage, said.clone());
+            }
             if seen.outage > OUTAGE_MAX {
                 broken.push(format!("nobody answered for {} ms", seen.outage.as_millis()));
             }
