@@ -1,10 +1,11 @@
-//! Who serves when the supervisor stands still.
+//! Who serves when the owner dies, or the supervisor dies or stands still; and with which connections.
 
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use warmswap_sdk::Event;
 use warmswap_sdk::transfer::message::{ToService, ToSupervisor};
-use warmswap_sdk::transfer::ownership::CLAIM_AFTER;
+use warmswap_sdk::transfer::ownership::{CLAIM_AFTER, OwnershipLock};
 use warmswap_sdk::transfer::state::{NoState, State};
 
 use super::Stage;
@@ -84,4 +85,97 @@ fn an_owner_that_had_to_hold_its_answers_back_is_told_to_send_them() {
     let events = stage.events();
     assert!(matches!(events[..], [Event::BecomeOwner { handover: 9 }]), "{events:?}");
     assert!(stage.service.may_write());
+}
+
+#[test]
+fn connections_of_an_owner_that_died_are_closed() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(Vec::new()).unwrap();
+    stage.another_owner(true);
+    stage.own(None, None, false);
+    let events = stage.events();
+    assert!(
+        matches!(events[..], [Event::ConnectionClosed { cookie: of }, Event::BecomeOwner { .. }] if of == cookie),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn connections_are_kept_when_the_owner_between_died_before_it_began_to_serve() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    stage.another_owner(false);
+    stage.own(None, None, false);
+    let events = stage.events();
+    assert!(
+        matches!(&events[..], [Event::ConnectionCarry { cookie: of, carry }, Event::BecomeOwner { .. }]
+            if *of == cookie && carry == &[7; 3]),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn a_new_ownership_page_does_not_say_who_served_before() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(Vec::new()).unwrap();
+    stage.another_owner(true);
+    // The next supervisor found the page nowhere. On its own, too, somebody has served once.
+    stage.ownership = OwnershipLock::create().unwrap();
+    stage.another_owner(true);
+    let pages = [stage.page.as_fd(), stage.ownership.as_fd(), stage.lifeline.0.as_fd()];
+    stage.channel.send(&ToService::NewSupervisor, &pages).unwrap();
+    stage.own(None, None, false);
+    let events = stage.events();
+    assert!(
+        matches!(events[..], [Event::ConnectionClosed { cookie: of }, Event::BecomeOwner { .. }] if of == cookie),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn who_yielded_serves_again_when_the_supervisor_dies_before_it_named_another() {
+    let mut stage = Stage::owning(NoState);
+    let (_client, _fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    stage.said();
+    assert!(stage.events().is_empty(), "the supervisor lives");
+    assert!(stage.service.wake_within().is_some(), "nothing else would wake it");
+    stage.supervisor_dies();
+    let events = stage.events();
+    assert!(
+        matches!(&events[..], [Event::ConnectionCarry { cookie: of, carry }, Event::BecomeOwner { handover: 10 }]
+            if *of == cookie && carry == &[7; 3]),
+        "{events:?}"
+    );
+    stage.service.serving().unwrap();
+    assert!(stage.service.may_write());
+    // The next supervisor makes sure.
+    stage.tell(&ToService::Own { handover: 10, commit: None, connections_open: None, follow: false });
+    assert!(stage.events().is_empty());
+    let owned = ToSupervisor::Owned { handover: 10, connections: 1 };
+    assert_eq!(stage.said(), [owned.clone(), owned]);
+}
+
+#[test]
+fn who_yielded_stays_quiet_when_the_supervisor_dies_after_it_named_another() {
+    let mut stage = Stage::owning(NoState);
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    stage.service.yielded(Vec::new()).unwrap();
+    stage.word(6, true);
+    stage.supervisor_dies();
+    // For the one that was named, and for the clients whose connections it closes.
+    assert!(matches!(stage.events()[..], [Event::Retire { .. }]));
+    assert!(!stage.service.is_owner());
 }
