@@ -472,19 +472,28 @@ fn clients_that_come_while_the_owner_is_stopped_are_all_served() {
 #[test]
 fn a_listener_that_a_generation_shuts_down_for_all_listens_again() {
     needs!("a_listener_that_a_generation_shuts_down_for_all_listens_again", Requirement::Containers);
-    let store = Store::start("scenario-shutdown", LENIENT).unwrap();
+    let mut store = Store::start("scenario-shutdown", LENIENT).unwrap();
     store.write_keys(100).unwrap();
     let mut client = store.client().unwrap();
     // As a program does that believes to be alone: the first descriptor it was given.
     let listener = descriptor_of(pid(&store, 1), 3).unwrap();
     // SAFETY: an integer and a live descriptor.
-    assert_eq!(unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD) }, 0);
-    eventually("somebody accepts again", Duration::from_secs(2), || {
-        let answer = store.client().and_then(|mut client| Ok(client.command(&["INCR", "newcomers"])?));
-        answer.is_ok_and(|answer| answer == Reply::Integer(1))
-    });
+    let shut_down = || assert_eq!(unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RD) }, 0);
+    let accepts = |store: &Store, number: i64| {
+        eventually("somebody accepts again", Duration::from_secs(5), || {
+            let answer = store.client().and_then(|mut client| Ok(client.command(&["INCR", "newcomers"])?));
+            answer.is_ok_and(|answer| answer == Reply::Integer(number))
+        });
+    };
+    shut_down();
+    accepts(&store, 1);
     assert!(matches!(client.command(&["INCR", "regulars"]).unwrap(), Reply::Integer(1)), "nothing happened to it");
     assert!(store.log().contains("has shut the listener resp down for all; it listens again"), "{}", store.log());
+    // Nobody is there to notice; the next agent does.
+    store.kill_agent().unwrap();
+    shut_down();
+    store.start_agent().unwrap();
+    accepts(&store, 2);
     assert_committed(&store.update("v2").unwrap(), &store);
     store.check_keys(100).unwrap();
     store.finish().unwrap();

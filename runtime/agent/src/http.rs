@@ -259,7 +259,7 @@ fn begin_update(
     file: Option<(ServiceFile, std::path::PathBuf)>,
     fault: Option<crate::api::Fault>,
 ) -> Result<UnboundedReceiver<UpdateLine>, AgentError> {
-    let folder = lock(&handle.file).1.clone();
+    let folder = file.as_ref().map_or_else(|| lock(&handle.file).1.clone(), |(_, folder)| folder.clone());
     let digest = service::digest(shared, &image.resolved(&folder))?.digest;
     let name = &handle.name;
     match lock(&handle.state).accept(&Request::Update { digest }) {

@@ -33,6 +33,16 @@ const MESSAGES_LEFT_MAX: usize = 8192;
 /// A generation that sends this many messages that nobody understands is not listened to any more.
 const GARBLED_MAX: u32 = 16;
 
+/// Whose words on the channel of a generation count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heed {
+    /// Those of its own processes.
+    ItsOwn,
+    /// Everybody's. It is dead: the number of its process may be another's by now, and what it said of its state last holds
+    /// acknowledged writes.
+    All,
+}
+
 impl Supervisor {
     /// Reads what has arrived, waiting up to `timeout` for the first. Of a generation that does not stop talking only so
     /// much that the caller gets to look at its clock.
@@ -70,18 +80,18 @@ impl Supervisor {
         };
         shut.into_iter().for_each(|at| self.reopen_listener(at));
         for generation in generations {
-            self.read_some(generation, MESSAGES_AT_A_TIME);
+            self.read_some(generation, MESSAGES_AT_A_TIME, Heed::ItsOwn);
         }
     }
 
     /// Everything that a generation has left to say which is dead.
     pub(crate) fn read_rest(&mut self, generation: Generation) {
-        self.read_some(generation, MESSAGES_LEFT_MAX);
+        self.read_some(generation, MESSAGES_LEFT_MAX, Heed::All);
     }
 
-    fn read_some(&mut self, generation: Generation, count: usize) {
+    fn read_some(&mut self, generation: Generation, count: usize, heed: Heed) {
         for _ in 0..count {
-            if !self.read_one(generation) {
+            if !self.read_one(generation, heed) {
                 return;
             }
             // Only now: an agent that dies while it deals with a message leaves it to the next one. What an owner says of a
@@ -93,10 +103,11 @@ impl Supervisor {
     }
 
     /// Deals with the next message of a generation; false when there is none.
-    fn read_one(&mut self, generation: Generation) -> bool {
+    fn read_one(&mut self, generation: Generation, heed: Heed) -> bool {
         let Some(member) = self.members.get_mut(&generation).filter(|member| !member.closed) else { return false };
         let heard = member.channel.try_peek();
-        if heard.as_ref().map_or_else(ChannelError::is_of_one_message, Option::is_some)
+        if heed == Heed::ItsOwn
+            && heard.as_ref().map_or_else(ChannelError::is_of_one_message, Option::is_some)
             && let Some(stranger) = member.channel.sender().filter(|sender| member.is_stranger(&*self.backend, *sender))
         {
             self.note(

@@ -6,7 +6,7 @@
 //! a handover is synced.
 //!
 //! ```text
-//! {"record":"service","file":{…},"folder":"/srv","next_generation":3,"owner":2,"previous_image":"images/v1"}
+//! {"record":"service","file":{…},"folder":"/srv","next_generation":3,"owner":2,"previous":{"image":"images/v1",…}}
 //! {"record":"begin","handover":7,"from":2,"to":3,"image":"images/v3","file":{…},"folder":"/srv"}
 //! {"record":"promoted","handover":7,"owner":3,"greeting":{…}}    <- the control word changes next
 //! {"record":"end","handover":7,"owner":3}

@@ -307,6 +307,9 @@ impl Supervisor {
             let reason = self.obituary(owner).reason;
             tracing::error!("{} lost its owner: {reason}; it is started again", self.service());
             self.last_trouble = Some(reason);
+            if self.parked_takes_over(owner) {
+                return;
+            }
             let greeting = self.greeting_of(owner);
             self.note_lost_state(owner, greeting.as_ref());
             self.members.remove(&owner);

@@ -31,7 +31,7 @@ use crate::notify::FdStore;
 use crate::ports::Ports;
 use crate::priority::Urgent;
 use crate::steps::Step;
-use crate::supervisor::{Notice, Stop, Supervisor};
+use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor};
 use crate::way_back::HAND_BACK_TIME_MAX;
 
 /// How far back "before" reaches.
@@ -323,7 +323,7 @@ impl Supervisor {
                 a.undo.clear();
                 if s.members.get(&to).is_some_and(Member::cooperates) {
                     s.tell_own(to, a.handover, None, None, false)?;
-                    s.await_owned(to, a.handover, PROMOTE_TIME_MAX)?;
+                    s.await_owned(to, a.handover, OWNED_TIME_MAX)?;
                 }
                 s.exchange_roles(from, to);
                 s.say_members();
@@ -596,6 +596,10 @@ impl Supervisor {
         let owner = self.owner().unwrap_or(attempt.from);
         self.remember_owner(owner);
         self.end_in_journal(attempt.handover, owner);
+        // Where going back has failed, the parked one is all there is: it takes over once the other one is known to be dead.
+        if attempt.promoted && owner == attempt.to {
+            return;
+        }
         // Whoever neither serves nor drains has no part any more, dead or alive.
         let rest = self.members.values().filter(|member| matches!(member.role, Role::Shadow | Role::Parked));
         for generation in rest.map(|member| member.id.generation).collect::<Vec<_>>() {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use warmswap_backend::ContainerState;
 use warmswap_model::{Generation, Phase, PhaseOutcome, Rung, StateMove, with_causes};
+use warmswap_transfer::message::ToService;
 
 use crate::attempt::Attempt;
 use crate::member::{Member, Role};
@@ -69,6 +70,31 @@ impl Supervisor {
             Self::note_unreturned_state(attempt);
         }
         Ok(())
+    }
+
+    /// Going back failed because the new owner could not be confirmed dead; now it is. Whether its predecessor, which has been
+    /// parked since, serves.
+    pub(crate) fn parked_takes_over(&mut self, dead: Generation) -> bool {
+        let parked = self.members.values().filter(|member| member.role == Role::Parked);
+        for heir in parked.map(|member| member.id.generation).collect::<Vec<_>>() {
+            let mut attempt = Attempt::new(0, heir, dead, self.record.version());
+            if let Err(stop) = self.take_back(&mut attempt) {
+                tracing::error!("{heir} of {} cannot take back: {}", self.service(), stop.reason);
+                self.discard(heir);
+                continue;
+            }
+            self.discard(dead);
+            self.connections.clear();
+            if let Err(stop) = self.tell(heir, &ToService::Follow { on: false }, &[]) {
+                tracing::warn!("{}", stop.reason);
+            }
+            self.remember_owner(heir);
+            if let Err(error) = self.journal.rewrite(&self.record) {
+                tracing::error!("{}", with_causes(&error));
+            }
+            return true;
+        }
+        false
     }
 
     /// What it said last may still be on the way: segments that hold acknowledged writes, connections.

@@ -5,7 +5,7 @@
 //!
 //! Not here: the order of a handover (`protocol.rs`) and taking over from a predecessor (`recovery.rs`).
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::io::PipeReader;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use crate::errand::Errand;
 use crate::error::{HandoverError, LogTail};
 use crate::journal::{Journal, ServiceRecord};
 use crate::lifecycle::REVIVE_DELAY_MIN;
+use crate::listeners::TcpListeners;
 use crate::member::{Member, MemberStatus, Role};
 use crate::notify::FdStore;
 use crate::standstill::Looks;
@@ -101,8 +102,7 @@ pub struct Supervisor {
     pub(crate) errands: Vec<Errand>,
     /// The wait that goes on may be called off.
     pub(crate) cancellable: bool,
-    /// Places in `ground.listeners` of those that somebody has shut down for good.
-    pub(crate) dead_listeners: BTreeSet<usize>,
+    pub(crate) tcp_listeners: TcpListeners,
 }
 
 impl Supervisor {
@@ -155,6 +155,7 @@ impl Supervisor {
         journal: Journal,
     ) -> Result<Self, HandoverError> {
         Ok(Self {
+            tcp_listeners: TcpListeners::of(&ground),
             backend,
             conditions,
             ground,
@@ -178,7 +179,6 @@ impl Supervisor {
             state_lost: None,
             errands: Vec::new(),
             cancellable: false,
-            dead_listeners: BTreeSet::new(),
         })
     }
 
@@ -385,6 +385,7 @@ impl Supervisor {
     ) -> Result<T, Stop> {
         let deadline = Instant::now() + limit;
         let mut looks = Looks::begin();
+        let mut over = false;
         loop {
             while let Some((from, notice)) = self.notices.pop_front() {
                 if let Some(picked) = pick(from, &notice) {
@@ -407,6 +408,11 @@ impl Supervisor {
                 return Err(Stop::new(reason));
             }
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() && !std::mem::replace(&mut over, true) {
+                // What has arrived meanwhile counts: whoever looks whether somebody stands still may wait for long itself.
+                self.pump(Duration::ZERO, None);
+                continue;
+            }
             if left.is_zero() {
                 let involved: Vec<String> = involved.iter().map(Generation::to_string).collect();
                 let limit_ms = limit.as_secs_f64() * 1e3;

@@ -49,12 +49,14 @@ impl Supervisor {
             return Ok(());
         }
         let deadline = Instant::now() + HAND_BACK_TIME_MAX;
-        let newest = attempt.answers.then(|| self.ask_caught_up(to, None, &[from, to], deadline).ok()).flatten();
+        // It may have begun just after it was given up, and has connections to hand back then.
+        attempt.answers |= self.ownership.holder() == to.0 && self.ownership.servings() != attempt.servings;
+        let newest = attempt.answers.then(|| self.ask_caught_up(to, None, &[to], deadline).ok()).flatten();
         attempt.answers = newest.is_some();
         self.informed(from)?;
         match newest {
             Some(commit) => self.ask_caught_up(from, commit, &[from, to], deadline).map(drop),
-            None if self.is_dead(from) => Err(self.obituary(from)),
+            None if self.members.get(&from).is_none_or(|member| member.closed) => Err(self.obituary(from)),
             None => Ok(()),
         }
     }

@@ -227,8 +227,8 @@ impl History {
             let name = report.service.as_str();
             reports.insert((name, report.id), bytes.as_slice())?;
             let old = reports.range((name, 0)..=(name, u64::MAX))?.rev().nth(STEPS_KEPT).transpose()?;
-            let old =
-                old.map(|(_, bytes)| encode::report_from_bytes(bytes.value()).map_err(Inner::Damaged)).transpose()?;
+            // One that cannot be read stays as it is: it must not stand in the way of the new one.
+            let old = old.and_then(|(_, bytes)| encode::report_from_bytes(bytes.value()).ok());
             if let Some(old) = old.filter(|old| !old.steps.is_empty()) {
                 let shorter = HandoverReport { steps: Vec::new(), ..old };
                 let bytes = encode::report_to_bytes(&shorter).map_err(|error| Inner::Encode(error.to_string()))?;

@@ -16,8 +16,8 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, getsockname, getsockopt, listen, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrStorage, bind, getpeername,
+    getsockname, getsockopt, listen, setsockopt, socket, sockopt,
 };
 use nix::sys::stat::{Mode, umask};
 use warmswap_model::{Listen, ListenAddress, Network, Transport};
@@ -154,19 +154,25 @@ pub(crate) fn is_listener(fd: BorrowedFd<'_>) -> bool {
 /// `None` for what is no listener: other descriptors, established connections, datagram sockets without an address.
 fn listener_transport(fd: BorrowedFd<'_>) -> Option<Transport> {
     match getsockopt(&fd, sockopt::SockType).ok()? {
-        SockType::Stream => getsockopt(&fd, sockopt::AcceptConn).ok()?.then_some(Transport::Stream),
+        SockType::Stream => {
+            // One that a generation has shut down for all keeps its port, and can listen again.
+            let shut = || inet_port(fd).is_some() && getpeername::<SockaddrStorage>(fd.as_raw_fd()).is_err();
+            (getsockopt(&fd, sockopt::AcceptConn).ok()? || shut()).then_some(Transport::Stream)
+        }
         SockType::Datagram => {
             let bound = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok()?;
-            let has_address = match (bound.as_sockaddr_in(), bound.as_sockaddr_in6(), bound.as_unix_addr()) {
-                (Some(v4), ..) => v4.port() != 0,
-                (_, Some(v6), _) => v6.port() != 0,
-                (.., Some(unix)) => unix.path().is_some(),
-                _ => false,
-            };
-            has_address.then_some(Transport::Datagram)
+            let has_path = bound.as_unix_addr().is_some_and(|unix| unix.path().is_some());
+            (has_path || inet_port(fd).is_some()).then_some(Transport::Datagram)
         }
         _ => None,
     }
+}
+
+/// The port that an IP socket is bound to.
+fn inet_port(fd: BorrowedFd<'_>) -> Option<u16> {
+    let bound = getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok()?;
+    let v4 = bound.as_sockaddr_in().map(SockaddrIn::port);
+    v4.or_else(|| bound.as_sockaddr_in6().map(SockaddrIn6::port)).filter(|port| *port != 0)
 }
 
 /// Enters the network namespace, or makes it: loopback up, bound to the path so that it outlives this process.

@@ -371,8 +371,15 @@ impl Backend for EmbeddedBackend {
     }
 
     fn signal(&self, id: &ContainerId, signal: i32) -> Result<()> {
-        if self.connect(id)?.is_some() {
-            return self.ask("signal", id, &Request::Signal { signal }, None);
+        let asked = self.connect(id).and_then(|shim| match shim {
+            Some(_) => self.ask("signal", id, &Request::Signal { signal }, None).map(|()| true),
+            None => Ok(false),
+        });
+        match asked {
+            Ok(true) => return Ok(()),
+            Err(error @ BackendError::NoSuchContainer { .. }) => return Err(error),
+            // A shim that hangs, or is gone, must not protect its container.
+            Ok(false) | Err(_) => {}
         }
         let failed = |problem: String| BackendError::Runtime { action: "signal", id: id.clone(), problem };
         let init = self.record(id).and_then(|record| record.init);

@@ -10,7 +10,7 @@ use warmswap_transfer::control::ControlWord;
 use warmswap_transfer::message::{CARRY_LEN_MAX, ConnectionRecord, ToSupervisor, socket_cookie, split_connections};
 use warmswap_transfer::state::State;
 
-use super::{Event, Known, Link, RESEND_PER_POLL, Role, SdkError, Service};
+use super::{Event, Known, Link, RESEND_PER_POLL, Role, SdkError, Service, Yielded};
 
 /// A follower that has fewer descriptors left than this, with all connections there are, could not take those that come in
 /// the blackout. It says so while the owner still serves.
@@ -22,7 +22,8 @@ impl<S: State> Service<S> {
         let yielded = self.yielded.take();
         let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
         let servings = self.link.as_ref().map(|link| link.shared.ownership.servings());
-        match yielded.filter(|yielded| yielded.servings == servings && connections_open.is_none()) {
+        let untouched = |yielded: &Yielded| yielded.servings == servings || yielded.word == word;
+        match yielded.filter(|yielded| untouched(yielded) && connections_open.is_none()) {
             // Nobody served since, whoever was to.
             Some(yielded) => {
                 for (cookie, carry) in yielded.carry {

@@ -152,6 +152,7 @@ struct Known {
 struct Yielded {
     handover: u64,
     carry: HashMap<u64, Vec<u8>>,
+    word: ControlWord,
     /// [How often](warmswap_transfer::ownership::OwnershipCell::servings) somebody had begun to serve by then. `None`: that
     /// cannot be compared any more.
     servings: Option<u32>,
@@ -436,7 +437,8 @@ impl<S: State> Service<S> {
         self.follow = false;
         self.preparation = Preparation::default();
         let servings = self.link.as_ref().map(|link| link.shared.ownership.servings());
-        self.yielded = Some(Yielded { handover, carry: kept, servings });
+        let word = self.link.as_ref().map_or_else(ControlWord::default, Link::word);
+        self.yielded = Some(Yielded { handover, carry: kept, word, servings });
         self.release_ownership();
         let connections_open = self.connections.len() as u64;
         match state_problem {
