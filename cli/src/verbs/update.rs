@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use hyper::Method;
+use indicatif::{ProgressBar, ProgressStyle};
 use warmswap_agent::api::{Fault, Progress, UpdateLine, UpdateRequest};
-use warmswap_model::{HandoverReport, PhaseOutcome, ServiceName, Verdict};
+use warmswap_model::{HandoverReport, Phase, PhaseOutcome, ServiceName, Verdict};
 
 use super::run::read_service_file;
 use super::{Here, NOT_COMMITTED};
@@ -25,15 +27,48 @@ pub(super) fn update(
     let fault = stop_agent_before_step.map(|before_step| Fault::StopAgent { before_step });
     let request = UpdateRequest { image, file, fault };
     let client = Client::connect(&here.run_dir)?;
-    let report = hand_over(&client, &format!("/v1/services/{service}/update"), &request, |line| show(here, line))?;
-    Ok(exit_code(&report))
+    follow(here, &client, &format!("/v1/services/{service}/update"), &request)
 }
 
 pub(super) fn rollback(here: &Here, service: &ServiceName) -> Result<ExitCode> {
     let client = Client::connect(&here.run_dir)?;
-    let path = format!("/v1/services/{service}/rollback");
-    let report = hand_over(&client, &path, &UpdateRequest::default(), |line| show(here, line))?;
+    follow(here, &client, &format!("/v1/services/{service}/rollback"), &UpdateRequest::default())
+}
+
+/// Shows a handover as it happens.
+fn follow(here: &Here, client: &Client, path: &str, request: &UpdateRequest) -> Result<ExitCode> {
+    let mut waiting = Waiting::default();
+    let report = hand_over(client, path, request, |line| {
+        if here.json {
+            return say_json(line);
+        }
+        waiting.show(line);
+        show(line);
+        Ok(())
+    })?;
     Ok(exit_code(&report))
+}
+
+/// On a terminal: the phase that is under way and for how long.
+#[derive(Default)]
+struct Waiting(Option<ProgressBar>);
+
+impl Waiting {
+    fn show(&mut self, line: &UpdateLine) {
+        if let Some(bar) = self.0.take() {
+            bar.finish_and_clear();
+        }
+        // Nothing is drawn in the blackout, which is over before anybody could read it.
+        if let UpdateLine::Progress(Progress::PhaseBegun { phase }) = line
+            && *phase != Phase::Quiesce
+        {
+            let style = ProgressStyle::with_template("  {spinner} {msg:<8} {elapsed:>9}");
+            let bar = ProgressBar::new_spinner().with_message(phase.to_string());
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            bar.enable_steady_tick(Duration::from_millis(200));
+            self.0 = Some(bar);
+        }
+    }
 }
 
 fn exit_code(report: &HandoverReport) -> ExitCode {
@@ -63,16 +98,12 @@ pub(super) fn hand_over(
     report.ok_or_else(|| anyhow!("the agent went away during the handover; `warmswap status` shows who serves"))
 }
 
-fn show(here: &Here, line: &UpdateLine) -> Result<()> {
-    if here.json {
-        return say_json(line);
-    }
+fn show(line: &UpdateLine) {
     match line {
         UpdateLine::Progress(progress) => show_progress(progress),
         UpdateLine::Report(report) => say(&verdict_line(report)),
         UpdateLine::Error(_) => {} // becomes the error of the command
     }
-    Ok(())
 }
 
 pub(super) fn show_progress(progress: &Progress) {
