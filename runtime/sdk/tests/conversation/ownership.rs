@@ -1,6 +1,7 @@
 //! Who serves when the owner dies, or the supervisor dies or stands still; and with which connections.
 
-use std::os::fd::AsFd as _;
+use std::net::TcpStream;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use warmswap_sdk::Event;
@@ -30,6 +31,17 @@ fn yielding() -> Stage<NoState> {
     stage.service.yielded(Vec::new()).unwrap();
     assert_eq!(stage.ownership.holder(), 0, "it gave the ownership back");
     stage
+}
+
+/// It has yielded and holds a connection, for which it carried `carry` over.
+fn yielded_with_a_connection(carry: &[u8]) -> (Stage<NoState>, (TcpStream, OwnedFd), u64) {
+    let mut stage = Stage::owning(NoState);
+    let (client, fd, cookie) = stage.accept();
+    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
+    stage.events();
+    let carries = if carry.is_empty() { Vec::new() } else { vec![(cookie, carry.to_vec())] };
+    stage.service.yielded(carries).unwrap();
+    (stage, (client, fd), cookie)
 }
 
 #[test]
@@ -89,11 +101,7 @@ fn an_owner_that_had_to_hold_its_answers_back_is_told_to_send_them() {
 
 #[test]
 fn connections_of_an_owner_that_died_are_closed() {
-    let mut stage = Stage::owning(NoState);
-    let (_client, _fd, cookie) = stage.accept();
-    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
-    stage.events();
-    stage.service.yielded(Vec::new()).unwrap();
+    let (mut stage, _connection, cookie) = yielded_with_a_connection(&[]);
     stage.another_owner(true);
     stage.own(None, None, false);
     let events = stage.events();
@@ -105,11 +113,7 @@ fn connections_of_an_owner_that_died_are_closed() {
 
 #[test]
 fn connections_are_kept_when_the_owner_between_died_before_it_began_to_serve() {
-    let mut stage = Stage::owning(NoState);
-    let (_client, _fd, cookie) = stage.accept();
-    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
-    stage.events();
-    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    let (mut stage, _connection, cookie) = yielded_with_a_connection(&[7; 3]);
     stage.another_owner(false);
     stage.own(None, None, false);
     let events = stage.events();
@@ -122,11 +126,7 @@ fn connections_are_kept_when_the_owner_between_died_before_it_began_to_serve() {
 
 #[test]
 fn a_new_ownership_page_does_not_say_who_served_before() {
-    let mut stage = Stage::owning(NoState);
-    let (_client, _fd, cookie) = stage.accept();
-    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
-    stage.events();
-    stage.service.yielded(Vec::new()).unwrap();
+    let (mut stage, _connection, cookie) = yielded_with_a_connection(&[]);
     stage.another_owner(true);
     // The next supervisor found the page nowhere. On its own, too, somebody has served once.
     stage.ownership = OwnershipLock::create().unwrap();
@@ -143,11 +143,7 @@ fn a_new_ownership_page_does_not_say_who_served_before() {
 
 #[test]
 fn who_yielded_serves_again_when_the_supervisor_dies_before_it_named_another() {
-    let mut stage = Stage::owning(NoState);
-    let (_client, _fd, cookie) = stage.accept();
-    stage.tell(&ToService::Yield { handover: 10, budget_us: 10_000 });
-    stage.events();
-    stage.service.yielded(vec![(cookie, vec![7; 3])]).unwrap();
+    let (mut stage, _connection, cookie) = yielded_with_a_connection(&[7; 3]);
     stage.said();
     assert!(stage.events().is_empty(), "the supervisor lives");
     assert!(stage.service.wake_within().is_some(), "nothing else would wake it");
