@@ -84,6 +84,17 @@ impl Attempt {
         }
     }
 
+    /// The control word names the new generation: from here on the way back is another. `times`: when `Yield` was told, heard,
+    /// found to be complete, and when PROMOTE ended with `outcome`.
+    pub(crate) fn promote(&mut self, times: [Instant; 4], outcome: PhaseOutcome) {
+        let [told, yielded, checked, ended] = times;
+        self.promoted = true;
+        self.undo.clear();
+        self.record_until(Phase::Quiesce, told, yielded, PhaseOutcome::Done);
+        self.record_until(Phase::Delta, yielded, checked, PhaseOutcome::Done);
+        self.record_until(Phase::Promote, checked, ended, outcome);
+    }
+
     pub(crate) fn record(&mut self, phase: Phase, began: Instant, outcome: PhaseOutcome) -> f64 {
         self.record_until(phase, began, Instant::now(), outcome)
     }

@@ -344,25 +344,13 @@ impl Supervisor {
                 return Err(stop);
             }
             Err(SwitchError::After { told, yielded, checked, stop }) => {
-                attempt.record_until(Phase::Quiesce, told, yielded, PhaseOutcome::Done);
-                attempt.record_until(Phase::Delta, yielded, checked, PhaseOutcome::Done);
-                attempt.record(Phase::Promote, checked, PhaseOutcome::Failed);
+                attempt.promote([told, yielded, checked, Instant::now()], PhaseOutcome::Failed);
                 self.say_ended(attempt, &stop.reason);
-                attempt.promoted = true;
-                attempt.undo.clear();
                 return Err(stop);
             }
         };
-        attempt.promoted = true;
-        attempt.undo.clear();
         let said = attempt.phases.len();
-        for (phase, start, end) in [
-            (Phase::Quiesce, times.told, times.yielded),
-            (Phase::Delta, times.yielded, times.checked),
-            (Phase::Promote, times.checked, times.owned),
-        ] {
-            attempt.record_until(phase, start, end, PhaseOutcome::Done);
-        }
+        attempt.promote([times.told, times.yielded, times.checked, times.owned], PhaseOutcome::Done);
         attempt.connections = ConnectionCounts {
             sent: times.connections_open,
             received: times.connections_adopted,
@@ -424,6 +412,10 @@ impl Supervisor {
             })
             .map_err(before)?;
         let yielded = Instant::now();
+        // Heard in the same breath as `Yielded`, or it would be taken for the answer to `Own`.
+        if let Some(stop) = self.unheard_failure(to) {
+            return Err(before(stop));
+        }
         let forwarded = self.connections.len() as u64;
         if forwarded != connections_open {
             let reason = format!("{from} has {connections_open} connections but {forwarded} reached {to}");
@@ -572,9 +564,14 @@ impl Supervisor {
             }
             None => self.take_back(attempt)?,
         }
-        self.discard(to);
+        self.discard_follower_of(from, to)
+    }
+
+    /// The way back is over: `owner` goes on alone.
+    pub(crate) fn discard_follower_of(&mut self, owner: Generation, follower: Generation) -> Result<(), Stop> {
+        self.discard(follower);
         self.connections.clear();
-        self.tell(from, &ToService::Follow { on: false }, &[])
+        self.tell(owner, &ToService::Follow { on: false }, &[])
     }
 
     fn end_in_journal(&mut self, handover: u64, owner: Generation) {

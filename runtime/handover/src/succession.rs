@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use warmswap_backend::ContainerState;
 use warmswap_model::{Generation, Phase, PhaseOutcome, Rung, StateMove, with_causes};
-use warmswap_transfer::message::ToService;
 
 use crate::attempt::Attempt;
 use crate::member::{Member, Role};
@@ -83,9 +82,7 @@ impl Supervisor {
                 self.discard(heir);
                 continue;
             }
-            self.discard(dead);
-            self.connections.clear();
-            if let Err(stop) = self.tell(heir, &ToService::Follow { on: false }, &[]) {
+            if let Err(stop) = self.discard_follower_of(heir, dead) {
                 tracing::warn!("{}", stop.reason);
             }
             self.remember_owner(heir);

@@ -391,12 +391,10 @@ impl Supervisor {
                 if let Some(picked) = pick(from, &notice) {
                     return Ok(picked);
                 }
-                match notice {
-                    Notice::Closed if involved.contains(&from) => return Err(self.obituary(from)),
-                    Notice::Failed { what } if involved.contains(&from) => {
-                        return Err(Stop::new(format!("{from} failed: {what}")));
-                    }
-                    _ => {}
+                if involved.contains(&from)
+                    && let Some(stop) = self.failure(from, &notice)
+                {
+                    return Err(stop);
                 }
             }
             if let Some(gone) =
@@ -422,6 +420,20 @@ impl Supervisor {
             if let Some(still) = looks.look(self, involved) {
                 return Err(Stop::new(format!("{still} is stopped by a signal and did not {what}")));
             }
+        }
+    }
+
+    /// Why a generation cannot do its part, when it has said so and nobody has waited for it since.
+    pub(crate) fn unheard_failure(&self, generation: Generation) -> Option<Stop> {
+        let mut of_it = self.notices.iter().filter(|(from, _)| *from == generation);
+        of_it.find_map(|(from, notice)| self.failure(*from, notice))
+    }
+
+    fn failure(&self, from: Generation, notice: &Notice) -> Option<Stop> {
+        match notice {
+            Notice::Closed => Some(self.obituary(from)),
+            Notice::Failed { what } => Some(Stop::new(format!("{from} failed: {what}"))),
+            _ => None,
         }
     }
 

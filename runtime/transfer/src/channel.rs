@@ -256,9 +256,15 @@ impl<Out: Message, In: Message> Channel<Out, In> {
 
     /// Takes away the message that [`Self::try_peek`] returned, or refused.
     pub fn consume(&mut self) {
-        // SAFETY: nothing is read into. What is left of the packet, its descriptors too, is dropped by the kernel. An
-        // error means that nothing waits, or that the next call meets it as well.
-        unsafe { libc::recv(self.fd.as_raw_fd(), std::ptr::null_mut(), 0, libc::MSG_DONTWAIT) };
+        loop {
+            // SAFETY: nothing is read into. What is left of the packet, its descriptors too, is dropped by the kernel.
+            let got = unsafe { libc::recv(self.fd.as_raw_fd(), std::ptr::null_mut(), 0, libc::MSG_DONTWAIT) };
+            // As in `receive`: these two leave the packet where it is. Any other error means that nothing waits.
+            let again = |error: io::Error| matches!(error.raw_os_error(), Some(libc::EINTR | libc::ECONNRESET));
+            if got >= 0 || !again(io::Error::last_os_error()) {
+                return;
+            }
+        }
     }
 
     fn receive(&mut self, peek: libc::c_int) -> Result<Option<(In, Vec<OwnedFd>)>, ChannelError> {
@@ -279,9 +285,11 @@ impl<Out: Message, In: Message> Channel<Out, In> {
             }
             let error = io::Error::last_os_error();
             match error.raw_os_error() {
-                Some(libc::EINTR) => {}
+                // ECONNRESET: the other side died with messages of ours unread. The kernel says so once, and before it hands out
+                // what the dead one had sent, which may be the only word of an acknowledged write.
+                Some(libc::EINTR | libc::ECONNRESET) => {}
                 Some(libc::EAGAIN) => return Ok(None),
-                Some(libc::ECONNRESET | libc::ENOTCONN) => return Err(ChannelError::Closed),
+                Some(libc::ENOTCONN) => return Err(ChannelError::Closed),
                 _ => return Err(ChannelError::System { what: "receive from", source: error }),
             }
         };

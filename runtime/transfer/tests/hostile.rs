@@ -70,6 +70,29 @@ fn messages_arrive_whole_with_their_descriptors() {
     assert!(matches!(theirs.send(&ToSupervisor::Ready, &[]), Err(ChannelError::Closed)));
 }
 
+/// The kernel reports messages that the dead one had not read as an error of the next call, whichever it is.
+#[test]
+fn last_words_are_heard_whatever_the_dead_one_had_not_read() {
+    for consume_meets_the_error in [false, true] {
+        let (mut ours, theirs) = SupervisorChannel::pair().unwrap();
+        let file = marked_file(c"last words");
+        ours.send(&ToService::Follow { on: true }, &[]).unwrap();
+        theirs.send(&ToSupervisor::Ready, &[]).unwrap();
+        theirs.send(&ToSupervisor::Segment { index: 7 }, &[file.as_fd()]).unwrap();
+        if consume_meets_the_error {
+            assert_eq!(ours.try_peek().unwrap().unwrap().0, ToSupervisor::Ready);
+        }
+        drop(theirs);
+        if !consume_meets_the_error {
+            assert_eq!(ours.try_peek().unwrap().unwrap().0, ToSupervisor::Ready);
+        }
+        ours.consume();
+        assert_eq!(ours.try_peek().unwrap().unwrap().0, ToSupervisor::Segment { index: 7 });
+        ours.consume();
+        assert!(matches!(ours.try_peek(), Err(ChannelError::Closed)));
+    }
+}
+
 #[test]
 fn refused_messages_leak_no_descriptor() {
     let (mut ours, theirs) = SupervisorChannel::pair().unwrap();
