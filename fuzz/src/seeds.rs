@@ -9,7 +9,7 @@ use warmswap_fuzz::{docker_save, entry, finish};
 use warmswap_handover::{Journal, ServiceRecord};
 use warmswap_model::{Generation, ImageRef, ServiceFile};
 use warmswap_transfer::control::ControlWord;
-use warmswap_transfer::message::{Commit, ConnectionRecord, LogPosition, Message, ToService, ToSupervisor};
+use warmswap_transfer::message::{Commit, ConnectionRecord, LogPosition, Message, StateKind, ToService, ToSupervisor};
 use warmswap_transfer::segment::{Header, SEGMENT_LEN_MIN};
 
 const SERVICE_FILE: &str = "name = \"s\"\nimage = \"v1\"\ncommand = [\"/bin/s\", \"-x\"]\n[env]\nA = \"1\"\n\
@@ -56,7 +56,7 @@ fn messages() -> Result<Vec<Vec<u8>>> {
     let commit = Some(Commit { position: LogPosition { segment: 1, offset: 128 }, digest: 7 });
     let to_service = [
         ToService::Welcome { service: "s".into(), generation: 1, owner: false },
-        ToService::ControlPage,
+        ToService::NewSupervisor,
         ToService::Segment { index: 1 },
         ToService::Follow { on: true },
         ToService::Connections { records: records() },
@@ -67,7 +67,16 @@ fn messages() -> Result<Vec<Vec<u8>>> {
         ToService::Retire { drain_ms: 1000 },
     ];
     let to_supervisor = [
-        ToSupervisor::Hello { protocol: 1, sdk: "0.1.0".into(), schemas_read: vec![1, 2], schema_written: 2 },
+        ToSupervisor::Hello {
+            protocol: 1,
+            sdk: "0.1.0".into(),
+            schemas_read: vec![1, 2],
+            schema_written: 2,
+            schemas_written_back: vec![1],
+            state: StateKind::Precopied,
+        },
+        ToSupervisor::StateMoved { bytes: 4096 },
+        ToSupervisor::Segment { index: 1 },
         ToSupervisor::Ready,
         ToSupervisor::SegmentRetired { index: 1 },
         ToSupervisor::Connections { records: records() },

@@ -1,7 +1,7 @@
 //! `fuzz`: builds the targets of `fuzz/` with libFuzzer and AddressSanitizer, runs each for a while, and runs the tests of the
 //! parsers under AddressSanitizer too. The one pinned toolchain does it, with `RUSTC_BOOTSTRAP=1` in place of a nightly.
 //!
-//! Apart from `test`, because everything is compiled once more. In place of Miri, which exists for nightlies only.
+//! Apart from `test`, because everything is compiled once more.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -106,6 +106,16 @@ fn targets() -> Result<Vec<String>> {
     let names: Vec<String> = fuzzed.map(|target| target.name.clone()).collect();
     ensure!(!names.is_empty(), "fuzz/Cargo.toml has no targets");
     Ok(names)
+}
+
+/// Formatting and clippy of that workspace, which nothing else compiles.
+pub(crate) fn lint() -> Result<()> {
+    let manifest = "--manifest-path=fuzz/Cargo.toml";
+    run::run(run::cargo().args(["fmt", manifest, "--check"]))?;
+    let mut cargo = run::cargo();
+    cargo.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", "--cfg fuzzing");
+    cargo.args(["clippy", manifest, "--all-targets", "--locked", "--quiet", "--target-dir"]);
+    run::run(cargo.arg(run::target().join("fuzz-lint")).args(["--", "-Dwarnings"]))
 }
 
 /// cargo with sanitizers. The caller's own flags would not fit these.

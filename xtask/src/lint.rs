@@ -3,12 +3,13 @@
 
 use anyhow::Result;
 
-use crate::{run, tidy};
+use crate::{fuzz, run, tidy};
 
 pub(crate) fn run() -> Result<()> {
     tidy::run()?;
     format()?;
-    clippy()
+    clippy()?;
+    fuzz::lint()
 }
 
 pub(crate) fn format() -> Result<()> {

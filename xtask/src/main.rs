@@ -7,6 +7,7 @@ mod demo;
 mod faults;
 mod fuzz;
 mod lint;
+mod miri;
 mod prepush;
 mod run;
 mod sdk;
@@ -44,6 +45,8 @@ enum Verb {
     Faults(faults::Options),
     /// Run the fuzz targets, and the tests of the parsers, under AddressSanitizer
     Fuzz(fuzz::Options),
+    /// Run the tests of the parsers under Miri (needs a nightly toolchain)
+    Miri,
     /// Formatting, clippy without warnings, tidy
     Lint,
     /// Check the rules that hold across the workspace (dependency direction, manifests, files, links)
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Verb::Demo(options) => demo::run(&options),
         Verb::Faults(options) => faults::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
+        Verb::Miri => miri::run(),
         Verb::Lint => lint::run(),
         Verb::Tidy => tidy::run(),
         Verb::Vm(options) => vm::run_verb(&options),
