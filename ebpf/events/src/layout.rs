@@ -16,6 +16,13 @@ pub struct Layout {
     pub task_cgroups: u32,
     pub task_files: u32,
     pub task_signal: u32,
+    pub task_mm: u32,
+    pub mm_arg_start: u32,
+    pub task_start_time: u32,
+    pub task_run_delay: u32,
+    pub task_major_faults: u32,
+    pub task_cred: u32,
+    pub cred_uid: u32,
     pub signal_tty: u32,
     pub css_set_dfl_cgrp: u32,
     pub cgroup_kn: u32,
@@ -34,10 +41,12 @@ pub struct Layout {
     pub sock_port_remote: u32,
     pub sock_protocol: u32,
     pub sock_cgroup: u32,
+    pub sock_uid: u32,
     pub request_queue: u32,
     pub request_sector: u32,
     pub request_length: u32,
     pub request_bio: u32,
+    pub request_start: u32,
     pub bio_blkg: u32,
     pub blkg_blkcg: u32,
     pub blkcg_cgroup: u32,
@@ -49,9 +58,11 @@ pub struct Layout {
     pub arg_exec_binprm: u32,
     pub arg_switch_next: u32,
     pub arg_block_request: u32,
+    pub arg_block_completed: u32,
     pub arg_state_sock: u32,
     pub arg_send_reset_sock: u32,
     pub arg_receive_reset_sock: u32,
+    pub arg_retransmit_sock: u32,
     /// Missing before 6.8 or so, where the tracepoint has only the victim's pid.
     pub arg_oom_task: u32,
 }
@@ -65,6 +76,13 @@ impl Layout {
         task_cgroups: OFFSET_MISSING,
         task_files: OFFSET_MISSING,
         task_signal: OFFSET_MISSING,
+        task_mm: OFFSET_MISSING,
+        mm_arg_start: OFFSET_MISSING,
+        task_start_time: OFFSET_MISSING,
+        task_run_delay: OFFSET_MISSING,
+        task_major_faults: OFFSET_MISSING,
+        task_cred: OFFSET_MISSING,
+        cred_uid: OFFSET_MISSING,
         signal_tty: OFFSET_MISSING,
         css_set_dfl_cgrp: OFFSET_MISSING,
         cgroup_kn: OFFSET_MISSING,
@@ -82,10 +100,12 @@ impl Layout {
         sock_port_remote: OFFSET_MISSING,
         sock_protocol: OFFSET_MISSING,
         sock_cgroup: OFFSET_MISSING,
+        sock_uid: OFFSET_MISSING,
         request_queue: OFFSET_MISSING,
         request_sector: OFFSET_MISSING,
         request_length: OFFSET_MISSING,
         request_bio: OFFSET_MISSING,
+        request_start: OFFSET_MISSING,
         bio_blkg: OFFSET_MISSING,
         blkg_blkcg: OFFSET_MISSING,
         blkcg_cgroup: OFFSET_MISSING,
@@ -96,9 +116,11 @@ impl Layout {
         arg_exec_binprm: ARG_MISSING,
         arg_switch_next: ARG_MISSING,
         arg_block_request: ARG_MISSING,
+        arg_block_completed: ARG_MISSING,
         arg_state_sock: ARG_MISSING,
         arg_send_reset_sock: ARG_MISSING,
         arg_receive_reset_sock: ARG_MISSING,
+        arg_retransmit_sock: ARG_MISSING,
         arg_oom_task: ARG_MISSING,
     };
 }
@@ -112,10 +134,14 @@ pub const SYSCALL_TABLE: usize = 512;
 #[repr(u8)]
 pub enum SyscallKind {
     Other = 0,
-    /// Returns bytes read from the descriptor in the first argument.
+    /// Returns bytes read from the descriptor in the first argument to the buffer in the second.
     Read = 1,
     /// Returns bytes written to the descriptor in the first argument.
     Write = 2,
     /// May be a handover mark.
     Prctl = 3,
+    /// Returns a connection that waited on a listening socket.
+    Accept = 4,
+    /// Returns bytes read from the descriptor in the first argument to several buffers.
+    ReadVector = 5,
 }

@@ -23,8 +23,8 @@ pub mod map {
     pub const RING_BULK: &str = "RING_BULK";
     /// `slot * cpus + cpu` → [`crate::Counters`].
     pub const COUNTERS: &str = "COUNTERS";
-    /// `slot` → [`crate::Histogram`].
-    pub const LATENCY: &str = "LATENCY";
+    /// `slot * DISTRIBUTIONS + distribution` → [`crate::Histogram`].
+    pub const HISTOGRAMS: &str = "HISTOGRAMS";
     /// `cpu` → [`crate::Running`].
     pub const RUNNING: &str = "RUNNING";
     /// `cpu * CACHE_LANES + lane` → [`crate::CacheWord`].
@@ -42,6 +42,8 @@ pub mod map {
     pub const REQUESTS: &str = "REQUESTS";
     /// (cgroup, device queue) → next sector; private to the probes.
     pub const BLOCK_NEXT: &str = "BLOCK_NEXT";
+    /// `slot` → when the last request arrived; private to the probes.
+    pub const ASKED: &str = "ASKED";
     /// (message, subject) → how often; private to the probes.
     pub const SAID: &str = "SAID";
     /// [`crate::PORT_SHARED`] and [`crate::PORT_REFUSED`] → how many sockets.
@@ -58,6 +60,7 @@ pub mod global {
     pub const LAYOUT: &str = "LAYOUT";
     pub const CPUS: &str = "CPUS";
     pub const OWN_TGID: &str = "OWN_TGID";
+    pub const BULK_RING_BYTES: &str = "BULK_RING_BYTES";
     pub const SYSCALLS: &str = "SYSCALLS";
 }
 
@@ -69,11 +72,11 @@ pub const MARK_OPTION: u64 = 0x5753_5750;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Class {
-    /// A process replaced its program. Followed by the path ([`ExecRecord`]).
+    /// A process replaced its program. Followed by the path and the first argument ([`ExecRecord`]).
     Exec = 0,
     /// A process (not a thread) was created. `args[0]`: pid of the child.
     Fork = 1,
-    /// The first thread of a process ended. `args[0]`: exit code as in `wait(2)`.
+    /// The first thread of a process ended. `args[0]`: exit code as in `wait(2)`; `args[1]`: its age, ns, 0 when unknown.
     Exit = 2,
     /// A TCP socket changed state. `args[0]`: old state << 8 | new state; `args[1]`: local port << 16 | remote port.
     Tcp = 3,
@@ -86,14 +89,26 @@ pub enum Class {
     Oom = 6,
     /// A handover mark. `args[0]`: mark << 32 | generation; `args[1]`: handover id.
     Mark = 7,
+    /// A reader of an input device was told that the screen turns, or may. `args[0]`: type << 16 | code as in
+    /// `linux/input-event-codes.h`; `args[1]`: value.
+    Orientation = 8,
 }
 
 /// How many classes there are.
-pub const CLASSES: usize = 8;
+pub const CLASSES: usize = 9;
 
 impl Class {
-    pub const ALL: [Self; CLASSES] =
-        [Self::Exec, Self::Fork, Self::Exit, Self::Tcp, Self::TcpReset, Self::Input, Self::Oom, Self::Mark];
+    pub const ALL: [Self; CLASSES] = [
+        Self::Exec,
+        Self::Fork,
+        Self::Exit,
+        Self::Tcp,
+        Self::TcpReset,
+        Self::Input,
+        Self::Oom,
+        Self::Mark,
+        Self::Orientation,
+    ];
 
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -106,12 +121,13 @@ impl Class {
             Self::Input => "input",
             Self::Oom => "oom",
             Self::Mark => "mark",
+            Self::Orientation => "orientation",
         }
     }
 
     /// From the number in a record; `None` for a number no probe sends.
     #[must_use]
-    pub const fn from_u32(value: u32) -> Option<Self> {
+    pub const fn from_number(value: u16) -> Option<Self> {
         let value = value as usize;
         if value < CLASSES { Some(Self::ALL[value]) } else { None }
     }
@@ -120,6 +136,21 @@ impl Class {
     #[must_use]
     pub const fn bit(self) -> u64 {
         1 << self as u32
+    }
+
+    /// How full the bulk ring may be, percent, for a record of this class to be sent still. What is above is kept for
+    /// classes whose loss would cost more: of TCP states and forks the counters tell nearly all, of a launch only its record
+    /// tells what was launched.
+    #[must_use]
+    pub const fn sheds_above_percent(self) -> u64 {
+        match self {
+            Self::Tcp => 75,
+            Self::Fork => 80,
+            Self::Input => 85,
+            Self::TcpReset => 90,
+            Self::Exit => 95,
+            Self::Exec | Self::Orientation | Self::Oom | Self::Mark => 100,
+        }
     }
 
     /// Urgent classes go through the ring that wakes the reader and are always sent.
@@ -137,28 +168,35 @@ pub struct Record {
     pub time_ns: u64,
     /// cgroup v2 id; 0 when the kernel could not tell.
     pub cgroup: u64,
-    pub class: u32,
+    pub class: u16,
+    /// Slot of the deepest watched cgroup around it; 0 when none is watched.
+    pub slot: u16,
     /// Process (thread group) id; 0 when the event did not happen in a process's context.
     pub pid: u32,
     pub tid: u32,
-    /// Slot of the deepest watched cgroup around it; 0 when none is watched.
-    pub slot: u32,
+    /// The user: real id of the process, owner of the socket, or [`UID_UNKNOWN`].
+    pub uid: u32,
     pub comm: [u8; 16],
     pub args: [u64; 2],
 }
 
-/// How much of a program's path is sent.
+/// No user has this id: `chown` and the like take it for "leave as it is".
+pub const UID_UNKNOWN: u32 = u32::MAX;
+
+/// How much of a program's path, and of its first argument, is sent.
 pub const PATH_LENGTH: usize = 64;
 
-/// An exec: the fixed part and the path of the program, zero-terminated unless cut.
+/// An exec: the fixed part, then the path of the program and the name that it was called by (`argv[0]`), each
+/// zero-terminated; what is longer is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct ExecRecord {
     pub record: Record,
     pub path: [u8; PATH_LENGTH],
+    pub name: [u8; PATH_LENGTH],
 }
 
-/// What one CPU counted for one slot. Only grows. Three cache lines, so that CPUs do not share any.
+/// What one CPU counted for one slot. Only grows. Whole cache lines, so that CPUs do not share any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct Counters {
@@ -185,10 +223,38 @@ pub struct Counters {
     pub block_requests: u64,
     pub block_bytes: u64,
     pub block_sequential: u64,
-    pub reserved: u64,
+    pub run_delay_ns: u64,
+    pub major_faults: u64,
+    pub tcp_retransmits: u64,
+    pub accepts: u64,
+    pub device_inputs: u64,
+    pub orientation_changes: u64,
+    pub reserved: [u64; 3],
 }
 
-/// Request latencies of one slot, by bucket.
+/// What is kept as a histogram per slot. Discriminants are array indices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Distribution {
+    /// From the first packet of a request to the first of its answer.
+    RequestLatency = 0,
+    /// From the arrival of one request to that of the next, over all connections.
+    RequestGap = 1,
+    /// Smoothed round-trip time of a connection as its requests are answered.
+    RoundTrip = 2,
+    /// From the making of a block request to its completion.
+    BlockLatency = 3,
+}
+
+/// How many there are.
+pub const DISTRIBUTIONS: u32 = 4;
+
+impl Distribution {
+    pub const ALL: [Self; DISTRIBUTIONS as usize] =
+        [Self::RequestLatency, Self::RequestGap, Self::RoundTrip, Self::BlockLatency];
+}
+
+/// Durations of one slot, by bucket.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Histogram {
@@ -203,7 +269,10 @@ pub struct Histogram {
 pub struct Running {
     pub since_ns: u64,
     pub slot: u64,
-    pub reserved: [u64; 6],
+    /// What the task had waited for a CPU in all its life, and its major faults, before this turn.
+    pub run_delay_ns: u64,
+    pub major_faults: u64,
+    pub reserved: [u64; 4],
 }
 
 /// What user space tells the probes while they run.
@@ -218,12 +287,14 @@ pub struct Control {
     pub everywhere: u64,
 }
 
-/// Kernel side of the accounting: what a probe wanted to send, and what found no room in the ring.
+/// Kernel side of the accounting: what a probe wanted to send, and what was not sent for want of room in the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct ClassAccount {
     pub emitted: u64,
     pub dropped: u64,
+    /// Of those dropped: while there was room, but [not for this class](Class::sheds_above_percent).
+    pub shed: u64,
 }
 
 /// Cached words per CPU: one lane per kind of context, so that an interrupting program does not fight for the word
@@ -269,11 +340,12 @@ impl CacheWord {
 
 const _: () = {
     assert!(size_of::<Record>() == 64);
-    assert!(size_of::<ExecRecord>() == 128);
-    assert!(size_of::<Counters>() == 192);
+    assert!(size_of::<ExecRecord>() == 192);
+    assert!(size_of::<Counters>() == 256);
+    assert!(SLOTS_MAX <= 1 << u16::BITS);
     assert!(size_of::<Running>() == 64);
     assert!(size_of::<Control>() == 24);
-    assert!(size_of::<ClassAccount>() == 16);
+    assert!(size_of::<ClassAccount>() == 24);
     assert!(size_of::<Histogram>() == BUCKETS * 8);
 };
 
@@ -285,9 +357,9 @@ mod tests {
     fn classes_and_their_numbers_agree() {
         for (index, class) in Class::ALL.into_iter().enumerate() {
             assert_eq!(class as usize, index);
-            assert_eq!(Class::from_u32(index as u32), Some(class));
+            assert_eq!(Class::from_number(index as u16), Some(class));
         }
-        assert_eq!(Class::from_u32(CLASSES as u32), None);
+        assert_eq!(Class::from_number(CLASSES as u16), None);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Requests to block devices: how many, how large, sequential or not.
+//! Requests to block devices: how many, how large, sequential or not, and how long they take.
 //!
 //! A request is charged to the cgroup its bio carries: the one that caused it, also for write-back on v2 with the io
 //! and memory controllers. Where that one is not watched, a request issued by a watched process is charged to that
@@ -6,9 +6,10 @@
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{LANE_OTHER, OFFSET_MISSING};
+use warmswap_events::{Distribution, LANE_OTHER, OFFSET_MISSING};
 
-use crate::maps::{BLOCK_NEXT, WATCHED_BLOCK, add_shared, counters, cpu, layout};
+use crate::emit::now_ns;
+use crate::maps::{BLOCK_ISSUED, BLOCK_NEXT, WATCHED_BLOCK, add_shared, counters, cpu, layout, record};
 use crate::{cgroup, read, trouble};
 
 const SECTOR_BYTES: u64 = 512;
@@ -29,10 +30,8 @@ pub(crate) fn block_issue_queue_first(ctx: RawTracePointContext) -> i32 {
 #[inline(always)]
 fn issue(request: u64) -> i32 {
     let cpu = cpu();
-    let mut slot = charged_to(request).unwrap_or(0);
-    if slot == 0 {
-        slot = cgroup::of_current(cpu, LANE_OTHER).slot;
-    }
+    let charged = charged_to(request).unwrap_or(0);
+    let slot = if charged == 0 { cgroup::of_current(cpu, LANE_OTHER).slot } else { charged };
     let Some(counters) = counters(slot, cpu) else { return 0 };
     let (Some(sector), Some(length), Some(queue)) = (
         read::at::<u64>(request, layout!(request_sector)),
@@ -42,6 +41,10 @@ fn issue(request: u64) -> i32 {
         trouble::unread_block(slot.into());
         return 0;
     };
+    if charged == 0 {
+        // Fails only for lack of memory; then its latency is nobody's.
+        let _ = BLOCK_ISSUED.insert(&request, &slot, 0);
+    }
     add_shared!(counters, block_requests, 1);
     add_shared!(counters, block_bytes, u64::from(length));
     if length == 0 {
@@ -56,6 +59,30 @@ fn issue(request: u64) -> i32 {
     // Cannot fail but for memory; then the next request counts as random.
     if BLOCK_NEXT.insert(&key, &next, 0).is_err() {
         trouble::unordered_block(slot.into());
+    }
+    0
+}
+
+/// (request, error, bytes). A request may be completed in parts.
+#[raw_tracepoint(tracepoint = "block_rq_complete")]
+pub(crate) fn block_complete(ctx: RawTracePointContext) -> i32 {
+    let request: u64 = ctx.arg(0);
+    let left = read::at::<u32>(request, layout!(request_length)).unwrap_or(0);
+    if ctx.arg::<u32>(2) < left {
+        return 0;
+    }
+    let slot = charged_to(request).or_else(|| {
+        // SAFETY: a u32 that is replaced whole.
+        let slot = unsafe { BLOCK_ISSUED.get(&request) }.copied()?;
+        let _ = BLOCK_ISSUED.remove(&request);
+        Some(slot)
+    });
+    let Some(slot) = slot else { return 0 };
+    // 0 where the kernel keeps no statistics of the device.
+    if let Some(began) = read::at::<u64>(request, layout!(request_start))
+        && began != 0
+    {
+        record(slot, Distribution::BlockLatency, now_ns().wrapping_sub(began));
     }
     0
 }

@@ -1,23 +1,34 @@
 //! Sending records, with accounting: every record a probe wants to send is counted as emitted, and as dropped too when
-//! the ring had no room.
+//! the ring had no room. As the bulk ring fills, one class after the other is no longer sent, the least valuable first.
 
-use aya_ebpf::helpers::generated::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_ktime_get_ns};
-use warmswap_events::{Class, ExecRecord, Record};
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_ns,
+    bpf_probe_read_kernel_str, bpf_probe_read_user_str,
+};
+use aya_ebpf::maps::ring_buf::RingBufEntry;
+use warmswap_events::{Class, ExecRecord, PATH_LENGTH, Record, UID_UNKNOWN};
 
 use crate::cgroup::Owner;
-use crate::maps::{ACCOUNT, CONTROL, OWN_TGID, RING_BULK, RING_URGENT, add_atomic, global};
+use crate::maps::{ACCOUNT, BULK_RING_BYTES, CONTROL, OWN_TGID, RING_BULK, RING_URGENT, add_atomic, global};
 use crate::trouble;
 
 /// The reader of the bulk ring comes on a timer, so waking it would be wasted.
 const NO_WAKEUP: u64 = 1;
+
+/// Asks a ring how many bytes wait to be read.
+const BPF_RB_AVAIL_DATA: u64 = 0;
 
 /// In whose name an event happened.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Context {
     /// The running process did it.
     Process,
-    /// It may have interrupted any process.
-    Any,
+    /// It may have interrupted any process; the user that it is about.
+    User(u32),
+}
+
+impl Context {
+    pub(crate) const NOBODY: Self = Self::User(UID_UNKNOWN);
 }
 
 /// Whether anybody wants events of this class from this cgroup. The sensor's own process is left out.
@@ -36,7 +47,7 @@ pub(crate) fn wanted(class: Class, owner: Owner, context: Context) -> bool {
             return false;
         }
     }
-    context == Context::Any || tgid() != global!(OWN_TGID)
+    context != Context::Process || tgid() != global!(OWN_TGID)
 }
 
 #[inline(always)]
@@ -51,17 +62,46 @@ pub(crate) fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Sent,
+    /// The ring is full.
+    Refused,
+    /// The ring is too full for this class.
+    Shed,
+}
+
 #[inline(always)]
-fn account(class: Class, dropped: bool) {
+fn account(class: Class, fate: Fate) {
     if let Some(account) = ACCOUNT.get_ptr_mut(class as u32) {
         // SAFETY: the lookup succeeded, the fields lie inside the value.
-        let (emitted_count, dropped_count) = unsafe { (&raw mut (*account).emitted, &raw mut (*account).dropped) };
-        add_atomic(emitted_count, 1);
-        if dropped {
-            add_atomic(dropped_count, 1);
+        let (emitted, dropped, shed) =
+            unsafe { (&raw mut (*account).emitted, &raw mut (*account).dropped, &raw mut (*account).shed) };
+        add_atomic(emitted, 1);
+        if fate != Fate::Sent {
+            add_atomic(dropped, 1);
+            if fate == Fate::Shed {
+                add_atomic(shed, 1);
+            }
             trouble::dropped(class);
         }
     }
+}
+
+/// Room for a record, and the record accounted for.
+#[inline(always)]
+fn reserve<T: 'static>(class: Class) -> Option<RingBufEntry<T>> {
+    let ring = if class.urgent() { &RING_URGENT } else { &RING_BULK };
+    if class.sheds_above_percent() < 100 {
+        let above = u64::from(global!(BULK_RING_BYTES)) / 100 * class.sheds_above_percent();
+        if ring.query(BPF_RB_AVAIL_DATA) > above {
+            account(class, Fate::Shed);
+            return None;
+        }
+    }
+    let entry = ring.reserve::<T>(0);
+    account(class, if entry.is_some() { Fate::Sent } else { Fate::Refused });
+    entry
 }
 
 #[inline(always)]
@@ -69,13 +109,17 @@ fn fill(record: *mut Record, class: Class, owner: Owner, context: Context, args:
     // SAFETY: `record` points into ring memory of sufficient size that the caller reserved; the helpers have no
     // preconditions but a writable destination.
     unsafe {
-        let pid_tgid = if context == Context::Process { bpf_get_current_pid_tgid() } else { 0 };
+        let (pid_tgid, uid) = match context {
+            Context::Process => (bpf_get_current_pid_tgid(), bpf_get_current_uid_gid() as u32),
+            Context::User(uid) => (0, uid),
+        };
         (*record).time_ns = bpf_ktime_get_ns();
         (*record).cgroup = owner.cgroup;
-        (*record).class = class as u32;
+        (*record).class = class as u16;
+        (*record).slot = owner.slot as u16;
         (*record).pid = (pid_tgid >> 32) as u32;
         (*record).tid = pid_tgid as u32;
-        (*record).slot = owner.slot;
+        (*record).uid = uid;
         (*record).args = args;
         let comm = &raw mut (*record).comm;
         if context == Context::Process {
@@ -89,34 +133,30 @@ fn fill(record: *mut Record, class: Class, owner: Owner, context: Context, args:
 /// Sends one record. The caller asked [`wanted`] before.
 #[inline(always)]
 pub(crate) fn emit(class: Class, owner: Owner, context: Context, args: [u64; 2]) {
-    let (ring, flags) = if class.urgent() { (&RING_URGENT, 0) } else { (&RING_BULK, NO_WAKEUP) };
-    let entry = ring.reserve::<Record>(0);
-    account(class, entry.is_none());
-    if let Some(mut entry) = entry {
+    if let Some(mut entry) = reserve::<Record>(class) {
         fill(entry.as_mut_ptr(), class, owner, context, args);
-        entry.submit(flags);
+        entry.submit(if class.urgent() { 0 } else { NO_WAKEUP });
     }
 }
 
-/// Sends an exec with the path of the program, a kernel string.
+/// Sends an exec with the path of the program, a kernel string, and its first argument, a string of the process.
 #[inline(always)]
-pub(crate) fn emit_exec(owner: Owner, path: Option<u64>) {
-    let entry = RING_BULK.reserve::<ExecRecord>(0);
-    account(Class::Exec, entry.is_none());
-    if let Some(mut entry) = entry {
-        let record = entry.as_mut_ptr();
+pub(crate) fn emit_exec(owner: Owner, path: Option<u64>, name: Option<u64>) {
+    if let Some(mut entry) = reserve::<ExecRecord>(Class::Exec) {
+        let exec = entry.as_mut_ptr();
         // SAFETY: reserved ring memory of the size of an ExecRecord.
-        let (head, text) = unsafe { (&raw mut (*record).record, &raw mut (*record).path) };
+        let (head, path_text, name_text) =
+            unsafe { (&raw mut (*exec).record, &raw mut (*exec).path, &raw mut (*exec).name) };
         fill(head, Class::Exec, owner, Context::Process, [0; 2]);
-        // SAFETY: as above; the helper checks the source address and ends the text with a zero.
+        // SAFETY: as above; the helpers check the source address and end the text with a zero.
         unsafe {
-            text.cast::<u8>().write(0);
+            path_text.cast::<u8>().write(0);
+            name_text.cast::<u8>().write(0);
             if let Some(path) = path {
-                aya_ebpf::helpers::generated::bpf_probe_read_kernel_str(
-                    text.cast(),
-                    warmswap_events::PATH_LENGTH as u32,
-                    path as *const _,
-                );
+                bpf_probe_read_kernel_str(path_text.cast(), PATH_LENGTH as u32, path as *const _);
+            }
+            if let Some(name) = name {
+                bpf_probe_read_user_str(name_text.cast(), PATH_LENGTH as u32, name as *const _);
             }
         }
         entry.submit(NO_WAKEUP);

@@ -1,7 +1,10 @@
-//! Input: reads that returned data from a terminal or an input device, told by device number.
+//! Input: reads that returned data from a terminal or an input device, told by device number; and of input devices what
+//! says that the screen turns.
 //!
-//! Not here: what was typed. Only the device and the number of bytes are looked at.
+//! Not here: what was typed. Of terminals only the device and the number of bytes are looked at, of input devices each
+//! event's type and code for the few that are [`turns`].
 
+use aya_ebpf::helpers::bpf_probe_read_user;
 use aya_ebpf::helpers::generated::bpf_get_current_task;
 use warmswap_events::{Class, OFFSET_MISSING};
 
@@ -11,31 +14,76 @@ use crate::maps::layout;
 use crate::read;
 use crate::syscall::{Registers, argument};
 
+pub(crate) enum Source {
+    Terminal,
+    /// Of evdev and the like.
+    Device,
+}
+
 /// `struct input_event` on 64-bit kernels; evdev returns whole ones.
 const INPUT_EVENT_BYTES: u64 = 24;
+/// Its type, code and value, after the time.
+const INPUT_EVENT_TYPE: u64 = 16;
+/// Events looked at of one read; a device's queue holds as many, and readers ask for fewer.
+const EVENTS_READ_MAX: u64 = 64;
 
-/// Whether this read was input; sends the event. Finding the device of a descriptor takes six reads of kernel
+/// What was read, if it was input; sends the event. Finding the device of a descriptor takes six reads of kernel
 /// memory, so reads that cannot be input are told apart first: terminals are standard descriptors or belong to a
 /// process with a controlling terminal, and evdev returns multiples of 24 bytes.
 #[inline(always)]
-pub(crate) fn maybe(regs: Registers, bytes: u64, owner: Owner) -> bool {
+pub(crate) fn source(regs: Registers, bytes: u64, owner: Owner) -> Option<Source> {
     if layout!(inode_rdev) == OFFSET_MISSING || layout!(signal_tty) == OFFSET_MISSING {
-        return false;
+        return None;
     }
-    let Some(fd) = argument(regs, layout!(regs_arg[0])) else { return false };
+    let fd = argument(regs, layout!(regs_arg[0]))?;
     // SAFETY: the helper has no preconditions.
     let task = unsafe { bpf_get_current_task() };
     if fd > 2 && bytes % INPUT_EVENT_BYTES != 0 && !has_terminal(task) {
-        return false;
+        return None;
     }
-    let Some(device) = character_device(task, fd as u32) else { return false };
-    if !is_input(device) {
-        return false;
-    }
+    let device = character_device(task, fd as u32)?;
+    let source = source_of(device)?;
     if wanted(Class::Input, owner, Context::Process) {
         emit(Class::Input, owner, Context::Process, [u64::from(device), bytes]);
     }
-    true
+    Some(source)
+}
+
+/// How many of the events in the buffer of a `read` turn the screen; sends each.
+#[inline(never)]
+pub(crate) fn turns(buffer: u64, bytes: u64, cgroup: u64, slot: u32) -> u64 {
+    let mut turns = 0;
+    for at in 0..EVENTS_READ_MAX {
+        if (at + 1) * INPUT_EVENT_BYTES > bytes {
+            break;
+        }
+        let event = buffer.wrapping_add(at * INPUT_EVENT_BYTES + INPUT_EVENT_TYPE);
+        // SAFETY: the helper checks the address; plain integers.
+        let Ok([kind_and_code, value]) = (unsafe { bpf_probe_read_user(event as *const [u32; 2]) }) else { break };
+        let (kind, code) = (kind_and_code & 0xffff, kind_and_code >> 16);
+        if is_turn(kind, code, value) {
+            turns += 1;
+            let owner = Owner { cgroup, slot };
+            if wanted(Class::Orientation, owner, Context::Process) {
+                let what = u64::from((kind << 16) | code);
+                emit(Class::Orientation, owner, Context::Process, [what, u64::from(value)]);
+            }
+        }
+    }
+    turns
+}
+
+/// A tablet is folded, its rotation is locked, or a key is pressed (not let go, not repeated) that turns the screen.
+#[inline(always)]
+fn is_turn(kind: u32, code: u32, value: u32) -> bool {
+    const KEY: u32 = 1;
+    const SWITCH: u32 = 5;
+    const SWITCH_TABLET_MODE: u32 = 0x01;
+    const SWITCH_ROTATE_LOCK: u32 = 0x0c;
+    const KEY_ROTATE_DISPLAY: u32 = 0x99;
+    const KEY_ROTATE_LOCK_TOGGLE: u32 = 0x231;
+    (kind == SWITCH && (code == SWITCH_TABLET_MODE || code == SWITCH_ROTATE_LOCK))
+        || (kind == KEY && value == 1 && (code == KEY_ROTATE_DISPLAY || code == KEY_ROTATE_LOCK_TOGGLE))
 }
 
 #[inline(always)]
@@ -65,7 +113,7 @@ fn character_device(task: u64, fd: u32) -> Option<u32> {
 /// Terminals that a person or a supervisor types into, and evdev. Not `/dev/ptmx` (5:2): what is read there is the
 /// output of the program on the other side.
 #[inline(always)]
-fn is_input(device: u32) -> bool {
+fn source_of(device: u32) -> Option<Source> {
     const TTY: u32 = 4;
     const TTY_AUXILIARY: u32 = 5;
     const PTMX_MINOR: u32 = 2;
@@ -75,10 +123,13 @@ fn is_input(device: u32) -> bool {
     const SERIAL_LOW_DENSITY: u32 = 204;
     const HYPERVISOR_CONSOLE: u32 = 229;
     let (major, minor) = (device >> 20, device & 0xf_ffff);
-    major == TTY
+    if major == INPUT {
+        return Some(Source::Device);
+    }
+    let terminal = major == TTY
         || (major == TTY_AUXILIARY && minor != PTMX_MINOR)
-        || major == INPUT
         || (major >= PTY_FIRST && major <= PTY_LAST)
         || major == SERIAL_LOW_DENSITY
-        || major == HYPERVISOR_CONSOLE
+        || major == HYPERVISOR_CONSOLE;
+    if terminal { Some(Source::Terminal) } else { None }
 }

@@ -2,7 +2,10 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
-use warmswap_events::{ClassAccount, Control, Counters, Histogram, Layout, Running, SYSCALL_TABLE};
+use warmswap_events::{
+    BUCKETS, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout, Running, SYSCALL_TABLE,
+    bucket_of_ns,
+};
 
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
@@ -15,7 +18,7 @@ pub(crate) static RING_BULK: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0); 
 #[map]
 pub(crate) static COUNTERS: Array<Counters> = Array::with_max_entries(1, MMAPABLE); // set at load
 #[map]
-pub(crate) static LATENCY: Array<Histogram> = Array::with_max_entries(1, MMAPABLE); // set at load
+pub(crate) static HISTOGRAMS: Array<Histogram> = Array::with_max_entries(1, MMAPABLE); // set at load
 #[map]
 pub(crate) static RUNNING: Array<Running> = Array::with_max_entries(1, MMAPABLE); // set at load
 #[map]
@@ -43,6 +46,14 @@ pub(crate) static REQUESTS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(
 #[map]
 pub(crate) static BLOCK_NEXT: LruHashMap<[u64; 2], u64> = LruHashMap::with_max_entries(4_096, 0);
 
+/// Block request (the address of its struct) → the slot of the process that issued it, where its bio names no watched cgroup.
+#[map]
+pub(crate) static BLOCK_ISSUED: LruHashMap<u64, u32> = LruHashMap::with_max_entries(4_096, 0);
+
+/// Slot → when the last request arrived, on any connection.
+#[map]
+pub(crate) static ASKED: Array<u64> = Array::with_max_entries(1, 0); // set at load
+
 /// (message, subject) → how often it would have been said; see [`crate::trouble`].
 #[map]
 pub(crate) static SAID: LruHashMap<[u64; 2], u64> = LruHashMap::with_max_entries(1, 0); // set at load
@@ -53,6 +64,8 @@ pub(crate) static LAYOUT: Layout = Layout::MISSING;
 pub(crate) static CPUS: u32 = 0;
 #[unsafe(no_mangle)]
 pub(crate) static OWN_TGID: u32 = 0;
+#[unsafe(no_mangle)]
+pub(crate) static BULK_RING_BYTES: u32 = 0;
 #[unsafe(no_mangle)]
 pub(crate) static SYSCALLS: [u8; SYSCALL_TABLE] = [0; SYSCALL_TABLE];
 
@@ -119,3 +132,17 @@ macro_rules! add_shared {
     };
 }
 pub(crate) use add_shared;
+
+/// Takes a duration into a histogram of a slot. Not inlined: from what the caller knows of the duration the compiler would
+/// conclude what the verifier cannot, and leave out the check that it asks for.
+#[inline(never)]
+pub(crate) fn record(slot: u32, distribution: Distribution, ns: u64) {
+    let index = slot.wrapping_mul(DISTRIBUTIONS).wrapping_add(distribution as u32);
+    if let Some(histogram) = HISTOGRAMS.get_ptr_mut(index) {
+        let bucket = bucket_of_ns(ns);
+        if bucket < BUCKETS {
+            // SAFETY: the lookup succeeded and the index was checked in the line above, for the verifier too.
+            add_atomic(unsafe { (&raw mut (*histogram).buckets).cast::<u64>().add(bucket) }, 1);
+        }
+    }
+}

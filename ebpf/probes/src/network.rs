@@ -3,16 +3,19 @@
 //! Latency needs no knowledge of the protocol: on a connection that was accepted, the first packet with payload that
 //! arrives starts a request, and the first packet with payload that leaves answers it. With pipelining this is the
 //! time to the first answer of the batch. What a service asks of others is left out: its own SYN marks the
-//! connection as a client's. Bytes are those of the IP layer.
+//! connection as a client's. Bytes are those of the IP layer. The round-trip time is what TCP itself reckons with,
+//! looked at as a request is answered.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_skb_cgroup_id, bpf_skb_load_bytes};
+use aya_ebpf::helpers::generated::{
+    bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_cgroup_id, bpf_skb_load_bytes, bpf_tcp_sock,
+};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
-use warmswap_events::{BUCKETS, LANE_EGRESS, LANE_INGRESS, bucket_of_ns};
+use warmswap_events::{Distribution, LANE_EGRESS, LANE_INGRESS};
 
 use crate::emit::now_ns;
-use crate::maps::{LATENCY, REQUESTS, add_atomic, add_shared, counters, cpu};
+use crate::maps::{ASKED, REQUESTS, add_shared, counters, cpu, record};
 use crate::{cgroup, trouble};
 
 const PASS: i32 = 1;
@@ -42,10 +45,10 @@ pub(crate) fn net_ingress(ctx: SkBuffContext) -> i32 {
             // SAFETY: the lookup succeeded; one word.
             Some(state) => unsafe {
                 if *state == IDLE {
-                    *state = now_ns();
+                    *state = asked(slot);
                 }
             },
-            None => note(skb, cookie, now_ns()),
+            None => note(skb, cookie, asked(slot)),
         }
     }
     PASS
@@ -69,7 +72,10 @@ pub(crate) fn net_egress(ctx: SkBuffContext) -> i32 {
             if since != IDLE && since != CLIENT {
                 // SAFETY: as above.
                 unsafe { *state = IDLE };
-                record(slot, now_ns().wrapping_sub(since));
+                record(slot, Distribution::RequestLatency, now_ns().wrapping_sub(since));
+                if let Some(us) = round_trip_us(skb) {
+                    record(slot, Distribution::RoundTrip, u64::from(us) * 1000);
+                }
             }
         }
     } else if tcp.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN {
@@ -89,14 +95,36 @@ fn note(skb: *mut __sk_buff, cookie: u64, state: u64) {
     }
 }
 
+/// A request arrives now: the time, after the gap to the one before was taken in. Of two that arrive at once on two CPUs one
+/// gap may be the other's.
 #[inline(always)]
-fn record(slot: u32, ns: u64) {
-    if let Some(histogram) = LATENCY.get_ptr_mut(slot) {
-        let bucket = bucket_of_ns(ns);
-        if bucket < BUCKETS {
-            // SAFETY: the lookup succeeded and the index was checked in the line above, for the verifier too.
-            add_atomic(unsafe { (&raw mut (*histogram).buckets).cast::<u64>().add(bucket) }, 1);
+fn asked(slot: u32) -> u64 {
+    let now = now_ns();
+    if let Some(last) = ASKED.get_ptr_mut(slot) {
+        // SAFETY: the lookup succeeded; one word.
+        let before = unsafe { core::ptr::replace(last, now) };
+        if before != 0 {
+            record(slot, Distribution::RequestGap, now.wrapping_sub(before));
         }
+    }
+    now
+}
+
+#[inline(always)]
+fn round_trip_us(skb: *mut __sk_buff) -> Option<u32> {
+    // SAFETY: the program's context; the verifier makes sure that each pointer is looked at before it is used.
+    unsafe {
+        let any = (*skb).__bindgen_anon_2.sk;
+        if any.is_null() {
+            return None;
+        }
+        let full = bpf_sk_fullsock(any);
+        if full.is_null() {
+            return None;
+        }
+        let tcp = bpf_tcp_sock(full);
+        // The kernel keeps eight times the value.
+        if tcp.is_null() { None } else { Some((*tcp).srtt_us >> 3) }
     }
 }
 

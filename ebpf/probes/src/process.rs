@@ -3,10 +3,10 @@
 use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_get_current_task};
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{ARG_MISSING, Class, LANE_OTHER, OFFSET_MISSING};
+use warmswap_events::{Class, LANE_OTHER, OFFSET_MISSING};
 
 use crate::cgroup;
-use crate::emit::{Context, emit, emit_exec, wanted};
+use crate::emit::{Context, emit, emit_exec, now_ns, wanted};
 use crate::maps::{add_shared, counters, cpu, layout};
 use crate::{read, trouble};
 
@@ -24,9 +24,20 @@ pub(crate) fn process_exec(ctx: RawTracePointContext) -> i32 {
         } else {
             None
         };
-        emit_exec(owner, path);
+        emit_exec(owner, path, first_argument());
     }
     0
+}
+
+/// Where the first argument of the running process is, in its own memory. The kernel has just put it there.
+#[inline(always)]
+fn first_argument() -> Option<u64> {
+    if layout!(task_mm) == OFFSET_MISSING || layout!(mm_arg_start) == OFFSET_MISSING {
+        return None;
+    }
+    // SAFETY: the helper has no preconditions.
+    let memory = read::pointer(unsafe { bpf_get_current_task() }, layout!(task_mm))?;
+    read::pointer(memory, layout!(mm_arg_start))
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
@@ -67,13 +78,20 @@ pub(crate) fn process_exit(_ctx: RawTracePointContext) -> i32 {
         add_shared!(counters, exits, 1);
     }
     if wanted(Class::Exit, owner, Context::Process) {
-        let code = if layout!(task_exit_code) == ARG_MISSING {
+        // SAFETY: the helper has no preconditions.
+        let task = unsafe { bpf_get_current_task() };
+        let code = if layout!(task_exit_code) == OFFSET_MISSING {
             None
         } else {
-            // SAFETY: the helper has no preconditions.
-            read::at::<u32>(unsafe { bpf_get_current_task() }, layout!(task_exit_code))
+            read::at::<u32>(task, layout!(task_exit_code))
         };
-        emit(Class::Exit, owner, Context::Process, [u64::from(code.unwrap_or(0)), 0]);
+        let began = if layout!(task_start_time) == OFFSET_MISSING {
+            None
+        } else {
+            read::at::<u64>(task, layout!(task_start_time))
+        };
+        let age_ns = began.map_or(0, |began| now_ns().wrapping_sub(began));
+        emit(Class::Exit, owner, Context::Process, [u64::from(code.unwrap_or(0)), age_ns]);
     }
     0
 }

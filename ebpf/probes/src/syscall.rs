@@ -1,4 +1,4 @@
-//! System calls: how many, and the bytes read and written through descriptors.
+//! System calls: how many, the bytes read and written through descriptors, and the connections accepted.
 //!
 //! One program on `sys_exit` does it all, because every program on that path costs 25 ns per call whatever it does.
 //! The exit and not the entry, because only there the bytes are known, and because a seccomp filter that answers
@@ -9,12 +9,15 @@ use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use warmswap_events::{LANE_SYSCALL, OFFSET_MISSING, SYSCALL_TABLE, SyscallKind};
 
+use crate::input::{self, Source};
 use crate::maps::{SYSCALLS, add, counters, cpu, layout};
-use crate::{cgroup, input, mark, read};
+use crate::{cgroup, mark, read};
 
 const READ: u8 = SyscallKind::Read as u8;
 const WRITE: u8 = SyscallKind::Write as u8;
+const READ_VECTOR: u8 = SyscallKind::ReadVector as u8;
 const PRCTL: u8 = SyscallKind::Prctl as u8;
+const ACCEPT: u8 = SyscallKind::Accept as u8;
 
 /// The kernel's `struct pt_regs *`, and how to read it.
 #[derive(Clone, Copy)]
@@ -63,12 +66,26 @@ fn handle(regs: Registers, result: i64) -> i32 {
     if result < 0 {
         return 0;
     }
-    if kind == READ {
+    if kind == READ || kind == READ_VECTOR {
         add!(counters, reads, 1);
         add!(counters, read_bytes, result as u64);
-        if result > 0 && input::maybe(regs, result as u64, owner) {
-            add!(counters, tty_inputs, 1);
+        if result > 0 {
+            match input::source(regs, result as u64, owner) {
+                Some(Source::Terminal) => add!(counters, tty_inputs, 1),
+                Some(Source::Device) => {
+                    add!(counters, device_inputs, 1);
+                    if kind == READ
+                        && let Some(buffer) = argument(regs, layout!(regs_arg[1]))
+                    {
+                        let turns = input::turns(buffer, result as u64, owner.cgroup, owner.slot);
+                        add!(counters, orientation_changes, turns);
+                    }
+                }
+                None => {}
+            }
         }
+    } else if kind == ACCEPT {
+        add!(counters, accepts, 1);
     } else if kind == WRITE {
         add!(counters, writes, 1);
         add!(counters, write_bytes, result as u64);

@@ -1,8 +1,8 @@
-//! TCP: connections opened and closed, every change of state, resets sent and received.
+//! TCP: connections opened and closed, every change of state, resets sent and received, segments sent again.
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{Class, OFFSET_MISSING};
+use warmswap_events::{Class, OFFSET_MISSING, UID_UNKNOWN};
 
 use crate::cgroup;
 use crate::emit::{Context, emit, wanted};
@@ -43,8 +43,8 @@ pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
             add_shared!(counters, tcp_closed, 1);
         }
     }
-    if wanted(Class::Tcp, owner, Context::Any) {
-        emit(Class::Tcp, owner, Context::Any, [u64::from((old << 8) | (new & 0xff)), ports(sock)]);
+    if wanted(Class::Tcp, owner, Context::NOBODY) {
+        emit(Class::Tcp, owner, user_of(sock), [u64::from((old << 8) | (new & 0xff)), ports(sock)]);
     }
     0
 }
@@ -62,13 +62,8 @@ pub(crate) fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 fn reset(sock: u64, sent: bool) -> i32 {
-    if sock == 0 {
+    if sock == 0 || !is_full(sock) {
         return 0;
-    }
-    // Sockets in these two states are smaller objects without a cgroup.
-    match read::at::<u8>(sock, layout!(sock_state)).map(u32::from) {
-        None | Some(TIME_WAIT | NEW_SYN_RECV) => return 0,
-        Some(_) => {}
     }
     let cpu = cpu();
     let owner = cgroup::of_sock(cpu, sock);
@@ -79,10 +74,38 @@ fn reset(sock: u64, sent: bool) -> i32 {
             add_shared!(counters, tcp_resets_received, 1);
         }
     }
-    if wanted(Class::TcpReset, owner, Context::Any) {
-        emit(Class::TcpReset, owner, Context::Any, [if sent { 1 } else { 2 }, ports(sock)]);
+    if wanted(Class::TcpReset, owner, Context::NOBODY) {
+        emit(Class::TcpReset, owner, user_of(sock), [if sent { 1 } else { 2 }, ports(sock)]);
     }
     0
+}
+
+#[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
+pub(crate) fn tcp_retransmitted(ctx: RawTracePointContext) -> i32 {
+    let sock: u64 = ctx.arg(0);
+    if !is_full(sock) {
+        return 0;
+    }
+    let cpu = cpu();
+    if let Some(counters) = counters(cgroup::of_sock(cpu, sock).slot, cpu) {
+        add_shared!(counters, tcp_retransmits, 1);
+    }
+    0
+}
+
+/// Sockets in these two states are smaller objects without a cgroup.
+#[inline(always)]
+fn is_full(sock: u64) -> bool {
+    !matches!(read::at::<u8>(sock, layout!(sock_state)).map(u32::from), None | Some(TIME_WAIT | NEW_SYN_RECV))
+}
+
+/// Whoever made the socket, or the one that listened for it.
+#[inline(always)]
+fn user_of(sock: u64) -> Context {
+    if layout!(sock_uid) == OFFSET_MISSING {
+        return Context::NOBODY;
+    }
+    Context::User(read::at(sock, layout!(sock_uid)).unwrap_or(UID_UNKNOWN))
 }
 
 /// local << 16 | remote

@@ -91,7 +91,7 @@ pub(crate) fn dropped(class: Class) {
         ($($class:ident),*) => { match class { $(Class::$class => say::<{ Class::$class as usize }>()),* } };
     }
     if level_enabled(Level::Warn) {
-        say!(Exec, Fork, Exit, Tcp, TcpReset, Input, Oom, Mark);
+        say!(Exec, Fork, Exit, Tcp, TcpReset, Input, Oom, Mark, Orientation);
     }
 }
 

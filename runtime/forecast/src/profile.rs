@@ -411,7 +411,8 @@ impl Given {
 /// Rates per second that foretell usage, as logarithms: they span orders of magnitude.
 fn probe_logs(window: &FeatureWindow, seconds: f64) -> [f32; PROBES] {
     let c = &window.counts;
-    let requests = window.request_latency.buckets.iter().fold(0u64, |sum, (_, count)| sum.saturating_add(*count));
+    let requests =
+        window.durations.request_latency.buckets.iter().fold(0u64, |sum, (_, count)| sum.saturating_add(*count));
     [
         c.syscalls,
         c.rx_packets,
@@ -420,7 +421,7 @@ fn probe_logs(window: &FeatureWindow, seconds: f64) -> [f32; PROBES] {
         c.execs.saturating_add(c.forks),
         c.page_faults,
         c.block_requests,
-        requests.saturating_add(c.tty_inputs),
+        requests.saturating_add(c.tty_inputs).saturating_add(c.device_inputs),
     ]
     .map(|count| ((count as f64 / seconds) as f32).ln_1p())
 }

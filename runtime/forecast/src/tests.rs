@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor, TensorData};
 use proptest::prelude::*;
 use warmswap_model::{
-    CgroupId, Champion, FeatureWindow, LatencyHistogram, PerResource, ProbeCounts, Quantiles, Resource, ServiceName,
+    CgroupId, Champion, Durations, FeatureWindow, PerResource, ProbeCounts, Quantiles, Resource, ServiceName,
 };
 
 use crate::lstm::{Batch, HIDDEN, INPUTS, ModelWeights, Network, OUTPUTS};
@@ -24,7 +24,7 @@ fn window(end_unix_ms: u64, usage: [f64; 4]) -> FeatureWindow {
         length_ms: 1000,
         usage: PerResource { cpu, memory, network, disk },
         counts: ProbeCounts { syscalls: (cpu.abs() * 100.0) as u64, ..ProbeCounts::default() },
-        request_latency: LatencyHistogram::default(),
+        durations: Durations::default(),
     }
 }
 
@@ -465,7 +465,7 @@ proptest! {
             one.counts.syscalls = count;
             one.counts.execs = count;
             one.counts.forks = count;
-            one.request_latency.buckets = vec![(1, count), (2, count)];
+            one.durations.request_latency.buckets = vec![(1, count), (2, count)];
             forecaster.observe(now, &[(name.clone(), &one), (name.clone(), &one)]);
             let demand = forecaster.demand(&name).unwrap();
             for resource in Resource::ALL {

@@ -6,13 +6,15 @@
 //! version is raised. Reports are few and read by people: JSON, which names its fields.
 
 use serde::{Deserialize, Serialize};
-use warmswap_model::{CgroupId, FeatureWindow, HandoverReport, LatencyHistogram, PerResource, ProbeCounts};
+use warmswap_model::{CgroupId, Durations, FeatureWindow, HandoverReport, LatencyHistogram, PerResource, ProbeCounts};
 
-const WINDOW_VERSION: u8 = 1;
+const WINDOW_VERSION: u8 = 2;
 const REPORT_VERSION: u8 = 1;
 
 /// Fields of `ProbeCounts`, in the order of the list below.
-const COUNTS: usize = 23;
+const COUNTS: usize = 29;
+/// Of these the first so many were there in version 1.
+const COUNTS_1: usize = 23;
 type Counts = [u64; COUNTS];
 
 #[derive(Serialize, Deserialize)]
@@ -22,30 +24,69 @@ struct StoredWindow {
     length_ms: u32,
     usage: [f64; 4],
     counts: Counts,
-    /// Differences between neighbouring bounds, which are shorter than the bounds.
-    latency: Vec<(u64, u64)>,
+    /// Request latency, request gap, round-trip time, block latency.
+    histograms: [StoredHistogram; 4],
 }
 
-pub(crate) fn window_to_bytes(window: &FeatureWindow) -> Result<Vec<u8>, postcard::Error> {
-    let FeatureWindow { cgroup, end_unix_ms, length_ms, usage, counts, request_latency } = window;
-    let PerResource { cpu, memory, network, disk } = *usage;
-    let mut below = 0u64;
-    let latency = request_latency
-        .buckets
-        .iter()
-        .map(|&(bound, count)| {
+/// Version 1, which is read and not written any more.
+#[derive(Deserialize)]
+struct StoredWindow1 {
+    cgroup: u64,
+    end_unix_ms: u64,
+    length_ms: u32,
+    usage: [f64; 4],
+    counts: [u64; COUNTS_1],
+    latency: StoredHistogram,
+}
+
+impl From<StoredWindow1> for StoredWindow {
+    fn from(old: StoredWindow1) -> Self {
+        let StoredWindow1 { cgroup, end_unix_ms, length_ms, usage, counts: old_counts, latency } = old;
+        let mut counts = [0; COUNTS];
+        counts[..COUNTS_1].copy_from_slice(&old_counts);
+        let none = StoredHistogram::default;
+        Self { cgroup, end_unix_ms, length_ms, usage, counts, histograms: [latency, none(), none(), none()] }
+    }
+}
+
+/// Differences between neighbouring bounds, which are shorter than the bounds, and counts.
+#[derive(Default, Serialize, Deserialize)]
+struct StoredHistogram(Vec<(u64, u64)>);
+
+impl From<&LatencyHistogram> for StoredHistogram {
+    fn from(histogram: &LatencyHistogram) -> Self {
+        let mut below = 0u64;
+        let steps = histogram.buckets.iter().map(|&(bound, count)| {
             let step = bound.wrapping_sub(below);
             below = bound;
             (step, count)
-        })
-        .collect();
+        });
+        Self(steps.collect())
+    }
+}
+
+impl From<StoredHistogram> for LatencyHistogram {
+    fn from(StoredHistogram(steps): StoredHistogram) -> Self {
+        let mut bound = 0u64;
+        let buckets = steps.into_iter().map(|(step, count)| {
+            bound = bound.wrapping_add(step);
+            (bound, count)
+        });
+        Self { buckets: buckets.collect() }
+    }
+}
+
+pub(crate) fn window_to_bytes(window: &FeatureWindow) -> Result<Vec<u8>, postcard::Error> {
+    let FeatureWindow { cgroup, end_unix_ms, length_ms, usage, counts, durations } = window;
+    let Durations { request_latency, request_gap, round_trip, block_latency } = durations;
+    let PerResource { cpu, memory, network, disk } = *usage;
     let stored = StoredWindow {
         cgroup: cgroup.0,
         end_unix_ms: *end_unix_ms,
         length_ms: *length_ms,
         usage: [cpu, memory, network, disk],
         counts: counts_to_array(counts),
-        latency,
+        histograms: [request_latency, request_gap, round_trip, block_latency].map(StoredHistogram::from),
     };
     let mut bytes = vec![WINDOW_VERSION];
     bytes = postcard::to_extend(&stored, bytes)?;
@@ -53,26 +94,20 @@ pub(crate) fn window_to_bytes(window: &FeatureWindow) -> Result<Vec<u8>, postcar
 }
 
 pub(crate) fn window_from_bytes(bytes: &[u8]) -> Result<FeatureWindow, String> {
-    let body = after_version(bytes, WINDOW_VERSION, "window")?;
-    let stored: StoredWindow =
-        postcard::from_bytes(body).map_err(|error| format!("a window does not parse: {error}"))?;
+    let parsed = match bytes.split_first() {
+        Some((1, body)) => postcard::from_bytes::<StoredWindow1>(body).map(StoredWindow::from),
+        _ => postcard::from_bytes(after_version(bytes, WINDOW_VERSION, "window")?),
+    };
+    let stored = parsed.map_err(|error| format!("a window does not parse: {error}"))?;
     let [cpu, memory, network, disk] = stored.usage;
-    let mut bound = 0u64;
-    let buckets = stored
-        .latency
-        .iter()
-        .map(|&(step, count)| {
-            bound = bound.wrapping_add(step);
-            (bound, count)
-        })
-        .collect();
+    let [request_latency, request_gap, round_trip, block_latency] = stored.histograms.map(LatencyHistogram::from);
     Ok(FeatureWindow {
         cgroup: CgroupId(stored.cgroup),
         end_unix_ms: stored.end_unix_ms,
         length_ms: stored.length_ms,
         usage: PerResource { cpu, memory, network, disk },
         counts: counts_from_array(stored.counts),
-        request_latency: LatencyHistogram { buckets },
+        durations: Durations { request_latency, request_gap, round_trip, block_latency },
     })
 }
 
@@ -113,7 +148,8 @@ macro_rules! counts {
 counts! {
     execs, forks, exits, oom_kills, syscalls, reads, read_bytes, writes, write_bytes, block_requests, block_bytes,
     block_sequential, rx_packets, rx_bytes, tx_packets, tx_bytes, tcp_opened, tcp_closed, tcp_resets, tty_inputs,
-    run_ns, page_faults, tcp_resets_received,
+    run_ns, page_faults, tcp_resets_received, tcp_retransmits, accepts, device_inputs, orientation_changes,
+    run_delay_ns, major_faults,
 }
 
 /// One window from the windows of a minute: rates are means over time, memory is the highest, counts add up.
@@ -126,7 +162,7 @@ pub(crate) fn aggregate(windows: &[FeatureWindow], end_unix_ms: u64) -> Option<F
         length_ms: 0,
         usage: PerResource::default(),
         counts: ProbeCounts::default(),
-        request_latency: LatencyHistogram::default(),
+        durations: Durations::default(),
     };
     let mut counts: Counts = [0; COUNTS];
     let mut seconds = 0.0;
@@ -141,7 +177,7 @@ pub(crate) fn aggregate(windows: &[FeatureWindow], end_unix_ms: u64) -> Option<F
         for (total, count) in counts.iter_mut().zip(counts_to_array(&window.counts)) {
             *total = total.saturating_add(count);
         }
-        sum.request_latency.add(&window.request_latency);
+        sum.durations.add(&window.durations);
     }
     sum.usage.cpu /= seconds;
     sum.usage.network /= seconds;

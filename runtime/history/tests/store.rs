@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use warmswap_history::{BlobKind, History, HistoryError, Retention, STEPS_KEPT};
 use warmswap_model::{
-    CgroupId, ConnectionCounts, FeatureWindow, Generation, HandoverReport, LatencyHistogram, PerResource, ProbeCounts,
-    Rung, ServiceName, StateMove, StepTiming, Trigger, Verdict,
+    CgroupId, ConnectionCounts, Durations, FeatureWindow, Generation, HandoverReport, LatencyHistogram, PerResource,
+    ProbeCounts, Rung, ServiceName, StateMove, StepTiming, Trigger, Verdict,
 };
 
 /// A full minute, so that minutes and windows begin together.
@@ -31,7 +31,11 @@ fn window(end_unix_ms: u64, cpu: f64) -> FeatureWindow {
             page_faults: u64::MAX / 128,
             ..Default::default()
         },
-        request_latency: LatencyHistogram { buckets: vec![(1024, 3), (2048, 40), (1 << 30, 1)] },
+        durations: Durations {
+            request_latency: LatencyHistogram { buckets: vec![(1024, 3), (2048, 40), (1 << 30, 1)] },
+            block_latency: LatencyHistogram { buckets: vec![(4096, 2)] },
+            ..Durations::default()
+        },
     }
 }
 
@@ -145,7 +149,7 @@ fn a_full_minute_is_summed_up_even_across_a_restart() {
     assert!((minute.usage.cpu - 30.5).abs() < 1e-9, "the mean of 1 to 60: {}", minute.usage.cpu);
     assert!((minute.usage.memory - 160.0).abs() < 1e-9, "the highest second: {}", minute.usage.memory);
     assert_eq!(minute.counts.syscalls, 60 * 1234);
-    assert_eq!(minute.request_latency.count(), 60 * 44);
+    assert_eq!(minute.durations.request_latency.count(), 60 * 44);
 }
 
 #[test]

@@ -26,4 +26,4 @@ pub use listen::{InvalidListenAddress, Listen, ListenAddress, Network, Transport
 pub use resource::{PerResource, Resource};
 pub use service_file::{Handover, ImageRef, Readiness, Reserve, Resources, Schedule, ServiceFile, ServiceFileError};
 pub use signal::{InvalidSignal, Signal};
-pub use window::{FeatureWindow, ProbeCounts};
+pub use window::{Durations, FeatureWindow, ProbeCounts};

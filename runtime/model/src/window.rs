@@ -34,11 +34,23 @@ pub struct ProbeCounts {
     /// TCP resets sent.
     pub tcp_resets: u64,
     pub tcp_resets_received: u64,
+    /// TCP segments sent again.
+    pub tcp_retransmits: u64,
+    /// Connections taken from listening sockets, of any kind.
+    pub accepts: u64,
     /// Reads from terminals (input frequency).
     pub tty_inputs: u64,
-    /// CPU time on a run queue, ns.
+    /// Reads from input devices (evdev): keys, pointers, switches.
+    pub device_inputs: u64,
+    /// Rotate keys pressed, tablet-mode and rotate-lock switches moved.
+    pub orientation_changes: u64,
+    /// CPU time, ns.
     pub run_ns: u64,
+    /// Time that tasks were ready to run and waited for a CPU, ns.
+    pub run_delay_ns: u64,
+    /// Faults of user code, and those that had to wait for a disk.
     pub page_faults: u64,
+    pub major_faults: u64,
 }
 
 /// One feature window of one cgroup.
@@ -50,6 +62,30 @@ pub struct FeatureWindow {
     pub length_ms: u32,
     pub usage: PerResource<f64>,
     pub counts: ProbeCounts,
+    #[serde(flatten)]
+    pub durations: Durations,
+}
+
+/// How long things took in one cgroup in one window.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Durations {
     /// From the arrival of a request's first packet to the first packet of its answer.
     pub request_latency: LatencyHistogram,
+    /// From the arrival of a request to that of the next one, over all connections.
+    pub request_gap: LatencyHistogram,
+    /// TCP's smoothed round-trip time, one value per request answered.
+    pub round_trip: LatencyHistogram,
+    /// From the making of a block request to its completion.
+    pub block_latency: LatencyHistogram,
+}
+
+impl Durations {
+    pub fn add(&mut self, other: &Self) {
+        let Self { request_latency, request_gap, round_trip, block_latency } = other;
+        self.request_latency.add(request_latency);
+        self.request_gap.add(request_gap);
+        self.round_trip.add(round_trip);
+        self.block_latency.add(block_latency);
+    }
 }

@@ -16,8 +16,10 @@ pub struct ClassTotals {
     pub consumed: u64,
     /// Read, but nobody wanted it or its queue was full.
     pub discarded: u64,
-    /// Lost in the kernel because the ring was full.
+    /// Lost in the kernel for want of room in the ring.
     pub dropped: u64,
+    /// Of those dropped: to leave what room there was to classes of more value.
+    pub shed: u64,
 }
 
 impl ClassTotals {
@@ -40,6 +42,27 @@ impl Accounting {
     #[must_use]
     pub fn of(&self, class: Class) -> ClassTotals {
         self.classes.get(class as usize).map(|(_, totals)| *totals).unwrap_or_default()
+    }
+}
+
+/// Says what is lost: the first time, then at every doubling.
+#[derive(Debug, Default)]
+pub(crate) struct Losses {
+    told: [u64; CLASSES],
+}
+
+impl Losses {
+    pub(crate) fn tell(&mut self, accounting: &Accounting) {
+        for (told, (class, totals)) in self.told.iter_mut().zip(&accounting.classes) {
+            let ClassTotals { emitted, dropped, shed, .. } = *totals;
+            if dropped > 0 && dropped >= told.saturating_mul(2) {
+                *told = dropped;
+                tracing::warn!(
+                    "more happens than can be read: {dropped} of {emitted} events of class {class} are lost, {shed} of them to leave \
+                     room for others; counters and windows are not affected"
+                );
+            }
+        }
     }
 }
 
@@ -68,8 +91,8 @@ impl Tally {
             // What was read is loaded before what was emitted, so that nothing seems read before it was sent.
             let consumed = self.consumed[index].load(Ordering::Acquire);
             let discarded = self.discarded[index].load(Ordering::Acquire);
-            let ClassAccount { emitted, dropped } = kernel.read(index).unwrap_or_default();
-            (class.name().to_owned(), ClassTotals { emitted, consumed, discarded, dropped })
+            let ClassAccount { emitted, dropped, shed } = kernel.read(index).unwrap_or_default();
+            (class.name().to_owned(), ClassTotals { emitted, consumed, discarded, dropped, shed })
         });
         Accounting { classes: classes.collect(), malformed: self.malformed.load(Ordering::Relaxed) }
     }

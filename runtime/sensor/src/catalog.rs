@@ -70,6 +70,14 @@ pub(crate) const PROBES: &[Probe] = &[
         needs: none,
     },
     Probe {
+        name: "exec-name",
+        program: |_| "process_exec",
+        typed: None,
+        class: "processes",
+        hook: Hook::PartOf("exec"),
+        needs: |l| vec![Need::field("task_struct.mm", l.task_mm), Need::field("mm_struct.arg_start", l.mm_arg_start)],
+    },
+    Probe {
         name: "fork",
         program: |_| "process_fork",
         typed: None,
@@ -104,6 +112,14 @@ pub(crate) const PROBES: &[Probe] = &[
         program: |_| "system_call",
         typed: None,
         class: "system calls",
+        hook: Hook::PartOf("system-calls"),
+        needs: |l| vec![Need::field("pt_regs.orig_ax", l.regs_syscall)],
+    },
+    Probe {
+        name: "accepts",
+        program: |_| "system_call",
+        typed: None,
+        class: "network",
         hook: Hook::PartOf("system-calls"),
         needs: |l| vec![Need::field("pt_regs.orig_ax", l.regs_syscall)],
     },
@@ -146,6 +162,14 @@ pub(crate) const PROBES: &[Probe] = &[
         },
     },
     Probe {
+        name: "orientation",
+        program: |_| "system_call",
+        typed: None,
+        class: "input",
+        hook: Hook::PartOf("input"),
+        needs: |l| vec![Need::field("pt_regs.si", l.regs_arg[1])],
+    },
+    Probe {
         name: "run-time",
         program: |_| "switch",
         typed: Some("switch_typed"),
@@ -155,6 +179,22 @@ pub(crate) const PROBES: &[Probe] = &[
             let next = Need::argument("the next task of sched_switch", l.arg_switch_next, &[2]);
             with(cgroup_of_task(l), vec![next])
         },
+    },
+    Probe {
+        name: "run-delay",
+        program: |_| "switch",
+        typed: None,
+        class: "cpu",
+        hook: Hook::PartOf("run-time"),
+        needs: |l| vec![Need::field("task_struct.sched_info.run_delay", l.task_run_delay)],
+    },
+    Probe {
+        name: "major-faults",
+        program: |_| "switch",
+        typed: None,
+        class: "memory",
+        hook: Hook::PartOf("run-time"),
+        needs: |l| vec![Need::field("task_struct.maj_flt", l.task_major_faults)],
     },
     Probe {
         name: "page-faults",
@@ -203,6 +243,20 @@ pub(crate) const PROBES: &[Probe] = &[
         },
     },
     Probe {
+        name: "block-latency",
+        program: |_| "block_complete",
+        typed: None,
+        class: "disk",
+        hook: Hook::Tracepoint("block_rq_complete"),
+        needs: |l| {
+            vec![
+                Need::argument("the request of block_rq_complete", l.arg_block_completed, &[0]),
+                Need::field("request.__data_len", l.request_length),
+                Need::field("request.start_time_ns", l.request_start),
+            ]
+        },
+    },
+    Probe {
         name: "packets-in",
         program: |_| "net_ingress",
         typed: None,
@@ -246,6 +300,17 @@ pub(crate) const PROBES: &[Probe] = &[
         hook: Hook::Tracepoint("tcp_receive_reset"),
         needs: |l| {
             let sock = Need::argument("the socket of tcp_receive_reset", l.arg_receive_reset_sock, &[0]);
+            with(cgroup_of_sock(l), vec![sock])
+        },
+    },
+    Probe {
+        name: "tcp-retransmits",
+        program: |_| "tcp_retransmitted",
+        typed: None,
+        class: "network",
+        hook: Hook::Tracepoint("tcp_retransmit_skb"),
+        needs: |l| {
+            let sock = Need::argument("the socket of tcp_retransmit_skb", l.arg_retransmit_sock, &[0]);
             with(cgroup_of_sock(l), vec![sock])
         },
     },

@@ -85,10 +85,10 @@ fn btf() -> Finding {
 fn cgroups() -> Finding {
     const NAME: &str = "cgroup hierarchy";
     match CgroupMounts::of_host() {
-        Ok(CgroupMounts { v2: Some(v2), v1_block: None }) => {
+        Ok(CgroupMounts { v2: Some(v2), v1_block: None, .. }) => {
             Finding::new(NAME, FindingState::Ok, format!("v2 at {}", v2.display()), "")
         }
-        Ok(CgroupMounts { v2: Some(v2), v1_block: Some(v1) }) => Finding::new(
+        Ok(CgroupMounts { v2: Some(v2), v1_block: Some(v1), .. }) => Finding::new(
             NAME,
             FindingState::Degraded,
             format!("v2 at {}, block I/O on v1 at {}", v2.display(), v1.display()),

@@ -12,6 +12,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::thread::JoinHandleExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -166,6 +167,10 @@ impl Drain {
         self.realtime.get().cloned()
     }
 
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        crate::cost::cpu_time(self.thread.as_ref()?.as_pthread_t())
+    }
+
     fn tell(&self, command: Command) {
         // Fails only when the thread is gone; then there is nothing to tell.
         if self.commands.send(command).is_ok() {
@@ -308,7 +313,7 @@ impl Router {
             self.tally.count_malformed();
             return;
         };
-        let Some(class) = Class::from_u32(record.class) else { return };
+        let Some(class) = Class::from_number(record.class) else { return };
         let marked = self.give_mark(&record);
         let seen = self.give_event(class, &record, path);
         self.tally.count(class, marked || seen);

@@ -46,6 +46,11 @@ pub enum SensorError {
         #[source]
         source: aya_log::Error,
     },
+    #[error("the kernel does not measure the run time of BPF programs; that needs Linux 5.8 and CAP_SYS_ADMIN")]
+    Statistics {
+        #[source]
+        source: std::io::Error,
+    },
     #[error("cannot start the draining thread")]
     Thread {
         #[source]

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use warmswap_events::{Class, ExecRecord, Record};
+use warmswap_events::{Class, ExecRecord, PATH_LENGTH, Record, UID_UNKNOWN};
 use warmswap_model::CgroupId;
 
 /// A set of event classes.
@@ -41,7 +41,7 @@ impl Classes {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{name:?} is no event class; the classes are exec, fork, exit, tcp, tcp-reset, input, oom, mark")]
+#[error("{name:?} is no event class; the classes are exec, fork, exit, tcp, tcp-reset, input, oom, mark, orientation")]
 pub struct UnknownClass {
     pub name: String,
 }
@@ -50,12 +50,21 @@ pub struct UnknownClass {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "class")]
 pub enum Detail {
-    /// A process replaced its program.
-    Exec { path: String },
+    /// A process replaced its program: an application was launched. `name`: its first argument, which it may choose at will.
+    Exec {
+        path: String,
+        #[serde(default)]
+        name: String,
+    },
     /// A process was created.
     Fork { child: u32 },
-    /// A process ended, with a code or by a signal.
-    Exit { code: u8, signal: u8 },
+    /// A process ended, with a code or by a signal. `age_ns`: since it was created, 0 when the kernel does not say.
+    Exit {
+        code: u8,
+        signal: u8,
+        #[serde(default)]
+        age_ns: u64,
+    },
     /// A TCP socket changed its state.
     Tcp { old: String, new: String, local_port: u16, remote_port: u16 },
     /// A TCP reset was sent or received.
@@ -66,6 +75,47 @@ pub enum Detail {
     Oom { victim: u32 },
     /// A handover mark.
     Mark { mark: u32, handover: u64, generation: u32 },
+    /// A reader of an input device was told that the screen turns.
+    Orientation { cause: Turn, value: i32 },
+}
+
+/// What turns the screen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Turn {
+    /// The device was folded into a tablet (1) or back (0).
+    TabletMode,
+    /// The switch that locks the rotation: locked (1) or not (0).
+    RotateLock,
+    /// The key that rotates the display was pressed.
+    RotateKey,
+    /// The key that locks the rotation was pressed.
+    RotateLockKey,
+    /// Of a build of the probes that knows more.
+    Other,
+}
+
+impl Turn {
+    /// From type and code as in `linux/input-event-codes.h`.
+    fn of(kind: u64, code: u64) -> Self {
+        match (kind, code) {
+            (5, 0x01) => Self::TabletMode,
+            (5, 0x0c) => Self::RotateLock,
+            (1, 0x99) => Self::RotateKey,
+            (1, 0x231) => Self::RotateLockKey,
+            _ => Self::Other,
+        }
+    }
+
+    fn in_words(self) -> &'static str {
+        match self {
+            Self::TabletMode => "tablet mode",
+            Self::RotateLock => "rotate lock",
+            Self::RotateKey => "rotate key",
+            Self::RotateLockKey => "rotate lock key",
+            Self::Other => "unknown",
+        }
+    }
 }
 
 impl Detail {
@@ -80,6 +130,7 @@ impl Detail {
             Self::Input { .. } => Class::Input,
             Self::Oom { .. } => Class::Oom,
             Self::Mark { .. } => Class::Mark,
+            Self::Orientation { .. } => Class::Orientation,
         }
     }
 }
@@ -96,6 +147,9 @@ pub struct Event {
     /// 0 when it did not happen in a process's name (TCP timers, packets that arrive).
     pub pid: u32,
     pub tid: u32,
+    /// The real user id of the process, or of whoever made the socket; `None` when the kernel could not tell.
+    #[serde(default)]
+    pub uid: Option<u32>,
     pub comm: String,
     #[serde(flatten)]
     pub detail: Detail,
@@ -117,7 +171,7 @@ pub struct Mark {
 impl Mark {
     /// `None` when the record is of another class.
     pub(crate) fn of(record: &Record) -> Option<Self> {
-        (record.class == Class::Mark as u32).then_some(Self {
+        (Class::from_number(record.class) == Some(Class::Mark)).then_some(Self {
             mark: (record.args[0] >> 32) as u32,
             generation: record.args[0] as u32,
             handover: record.args[1],
@@ -143,28 +197,31 @@ pub fn make_mark(mark: u32, handover: u64, generation: u32) {
     }
 }
 
-/// The fixed part of a record and the path of an exec. `None` when the bytes are no record this program knows.
+/// The fixed part of a record and the texts of an exec. `None` when the bytes are no record this program knows.
 pub(crate) fn decode(bytes: &[u8]) -> Option<(Record, &[u8])> {
     if bytes.len() < size_of::<Record>() {
         return None;
     }
     // SAFETY: there are enough bytes, and every bit pattern is a Record (it consists of integers).
     let record = unsafe { bytes.as_ptr().cast::<Record>().read_unaligned() };
-    let class = Class::from_u32(record.class)?;
+    let class = Class::from_number(record.class)?;
     let expected = if class == Class::Exec { size_of::<ExecRecord>() } else { size_of::<Record>() };
     (bytes.len() == expected).then(|| (record, &bytes[size_of::<Record>()..]))
 }
 
 impl Event {
-    /// `unix_minus_monotonic_ns`: to add to the record's time.
-    pub(crate) fn of(record: &Record, path: &[u8], unix_minus_monotonic_ns: u64) -> Option<Self> {
+    /// `texts`: as [`decode`] gives them. `unix_minus_monotonic_ns`: to add to the record's time.
+    pub(crate) fn of(record: &Record, texts: &[u8], unix_minus_monotonic_ns: u64) -> Option<Self> {
         let [first, second] = record.args;
         let (local_port, remote_port) = ((second >> 16) as u16, second as u16);
-        let detail = match Class::from_u32(record.class)? {
-            Class::Exec => Detail::Exec { path: text(path) },
+        let detail = match Class::from_number(record.class)? {
+            Class::Exec => {
+                let (path, name) = texts.split_at(texts.len().min(PATH_LENGTH));
+                Detail::Exec { path: text(path), name: text(name) }
+            }
             Class::Fork => Detail::Fork { child: first as u32 },
             // As in wait(2): the code in the second byte, a signal in the low seven bits.
-            Class::Exit => Detail::Exit { code: (first >> 8) as u8, signal: (first & 0x7f) as u8 },
+            Class::Exit => Detail::Exit { code: (first >> 8) as u8, signal: (first & 0x7f) as u8, age_ns: second },
             Class::Tcp => Detail::Tcp {
                 old: tcp_state(first >> 8).to_owned(),
                 new: tcp_state(first & 0xff).to_owned(),
@@ -179,6 +236,9 @@ impl Event {
             },
             Class::Oom => Detail::Oom { victim: first as u32 },
             Class::Mark => Detail::Mark { mark: (first >> 32) as u32, handover: second, generation: first as u32 },
+            Class::Orientation => {
+                Detail::Orientation { cause: Turn::of(first >> 16, first & 0xffff), value: second as i32 }
+            }
         };
         Some(Self {
             time_ns: record.time_ns,
@@ -186,6 +246,7 @@ impl Event {
             cgroup: CgroupId(record.cgroup),
             pid: record.pid,
             tid: record.tid,
+            uid: (record.uid != UID_UNKNOWN).then_some(record.uid),
             comm: text(&record.comm),
             detail,
         })
@@ -197,6 +258,10 @@ fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let text = String::from_utf8_lossy(&bytes[..end]);
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+fn seconds_of(ns: u64) -> f64 {
+    ns as f64 / 1e9
 }
 
 fn tcp_state(number: u64) -> &'static str {
@@ -220,26 +285,28 @@ fn tcp_state(number: u64) -> &'static str {
 }
 
 impl fmt::Display for Event {
-    /// Time of day (UTC), class, cgroup, pid, program, detail; columns of fixed width as far as they go.
+    /// Time of day (UTC), class, cgroup, user, pid, program, detail; columns of fixed width as far as they go.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let micros = self.unix_ns / 1_000 % 86_400_000_000;
         let (seconds, micros) = (micros / 1_000_000, micros % 1_000_000);
         write!(
             f,
-            "{:02}:{:02}:{:02}.{micros:06} {:<9} {:>8} {:>7} {:<15} ",
+            "{:02}:{:02}:{:02}.{micros:06} {:<11} {:>8} {:>5} {:>7} {:<15} ",
             seconds / 3600,
             seconds / 60 % 60,
             seconds % 60,
             self.detail.class().name(),
             self.cgroup.0,
+            self.uid.map_or_else(|| "–".to_owned(), |uid| uid.to_string()),
             self.pid,
             self.comm,
         )?;
         match &self.detail {
-            Detail::Exec { path } => f.write_str(path),
+            Detail::Exec { path, name } if name == path || name.is_empty() => f.write_str(path),
+            Detail::Exec { path, name } => write!(f, "{path} as {name}"),
             Detail::Fork { child } => write!(f, "child {child}"),
-            Detail::Exit { code, signal: 0 } => write!(f, "code {code}"),
-            Detail::Exit { signal, .. } => write!(f, "signal {signal}"),
+            Detail::Exit { code, signal: 0, age_ns } => write!(f, "code {code} after {:.3} s", seconds_of(*age_ns)),
+            Detail::Exit { signal, age_ns, .. } => write!(f, "signal {signal} after {:.3} s", seconds_of(*age_ns)),
             Detail::Tcp { old, new, local_port, remote_port } => {
                 write!(f, "{old} → {new}, port {local_port}, peer {remote_port}")
             }
@@ -254,6 +321,7 @@ impl fmt::Display for Event {
             Detail::Mark { mark, handover, generation } => {
                 write!(f, "mark {mark} of handover {handover}, generation {generation}")
             }
+            Detail::Orientation { cause, value } => write!(f, "{} {value}", cause.in_words()),
         }
     }
 }
@@ -265,7 +333,7 @@ mod tests {
     fn record(class: Class, args: [u64; 2]) -> Record {
         let mut comm = [0; 16];
         comm[..5].copy_from_slice(b"a\x1b[2J");
-        Record { time_ns: 5_000, cgroup: 77, class: class as u32, pid: 3, tid: 4, slot: 1, comm, args }
+        Record { time_ns: 5_000, cgroup: 77, class: class as u16, slot: 1, pid: 3, tid: 4, uid: 1000, comm, args }
     }
 
     #[test]
@@ -283,10 +351,10 @@ mod tests {
 
     #[test]
     fn exit_codes_and_signals_are_told_apart() {
-        let exit = |status| Event::of(&record(Class::Exit, [status, 0]), b"", 0).map(|event| event.detail);
-        assert_eq!(exit(3 << 8), Some(Detail::Exit { code: 3, signal: 0 }));
-        assert_eq!(exit(9), Some(Detail::Exit { code: 0, signal: 9 }));
-        assert_eq!(exit(11 | 0x80), Some(Detail::Exit { code: 0, signal: 11 }));
+        let exit = |status| Event::of(&record(Class::Exit, [status, 7]), b"", 0).map(|event| event.detail);
+        assert_eq!(exit(3 << 8), Some(Detail::Exit { code: 3, signal: 0, age_ns: 7 }));
+        assert_eq!(exit(9), Some(Detail::Exit { code: 0, signal: 9, age_ns: 7 }));
+        assert_eq!(exit(11 | 0x80), Some(Detail::Exit { code: 0, signal: 11, age_ns: 7 }));
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub struct CgroupMounts {
     pub v2: Option<PathBuf>,
     /// Root of the v1 hierarchy that the io (blkio) controller is on; `None` when it is on v2.
     pub v1_block: Option<PathBuf>,
+    /// The same for the memory controller.
+    pub v1_memory: Option<PathBuf>,
 }
 
 impl CgroupMounts {
@@ -40,13 +42,15 @@ impl CgroupMounts {
                 continue;
             }
             let point = PathBuf::from(unescape(point));
+            let has = |controller| kind == "cgroup" && options.split(',').any(|option| option == controller);
             if kind == "cgroup2" && mounts.v2.is_none() {
-                mounts.v2 = Some(point);
-            } else if kind == "cgroup"
-                && options.split(',').any(|option| option == "blkio")
-                && mounts.v1_block.is_none()
-            {
-                mounts.v1_block = Some(point);
+                mounts.v2 = Some(point.clone());
+            }
+            if has("blkio") && mounts.v1_block.is_none() {
+                mounts.v1_block = Some(point.clone());
+            }
+            if has("memory") && mounts.v1_memory.is_none() {
+                mounts.v1_memory = Some(point);
             }
         }
         mounts
@@ -130,13 +134,21 @@ mod tests {
     fn mounts_of_hybrid_and_unified_hosts_are_told_apart() {
         let hybrid = "24 1 0:21 / /sys/fs/cgroup/blkio rw,relatime shared:5 - cgroup cgroup rw,blkio\n\
                       25 1 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+                      27 1 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                       26 1 0:22 /a /mnt/bind rw - cgroup2 cgroup2 rw\n";
         assert_eq!(
             CgroupMounts::parse(hybrid),
-            CgroupMounts { v2: Some("/sys/fs/cgroup/unified".into()), v1_block: Some("/sys/fs/cgroup/blkio".into()) }
+            CgroupMounts {
+                v2: Some("/sys/fs/cgroup/unified".into()),
+                v1_block: Some("/sys/fs/cgroup/blkio".into()),
+                v1_memory: Some("/sys/fs/cgroup/memory".into()),
+            }
         );
         let unified = "25 1 0:22 / /sys/fs/c\\040group rw,nosuid master:1 shared:2 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(CgroupMounts::parse(unified), CgroupMounts { v2: Some("/sys/fs/c group".into()), v1_block: None });
+        assert_eq!(
+            CgroupMounts::parse(unified),
+            CgroupMounts { v2: Some("/sys/fs/c group".into()), ..CgroupMounts::default() }
+        );
         assert_eq!(CgroupMounts::parse("rubbish\n\n1 - 2"), CgroupMounts::default());
     }
 }

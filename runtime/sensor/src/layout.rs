@@ -17,6 +17,13 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         task_cgroups: field("task_struct", "cgroups"),
         task_files: field("task_struct", "files"),
         task_signal: field("task_struct", "signal"),
+        task_mm: field("task_struct", "mm"),
+        mm_arg_start: field("mm_struct", "arg_start"),
+        task_start_time: field("task_struct", "start_time"),
+        task_run_delay: field("task_struct", "sched_info.run_delay"),
+        task_major_faults: field("task_struct", "maj_flt"),
+        task_cred: field("task_struct", "cred"),
+        cred_uid: field("cred", "uid"),
         signal_tty: field("signal_struct", "tty"),
         css_set_dfl_cgrp: field("css_set", "dfl_cgrp"),
         cgroup_kn: field("cgroup", "kn"),
@@ -34,10 +41,12 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         sock_port_remote: field("sock", "__sk_common.skc_dport"),
         sock_protocol: field("sock", "sk_protocol"),
         sock_cgroup: field("sock", "sk_cgrp_data"),
+        sock_uid: field("sock", "sk_uid"),
         request_queue: field("request", "q"),
         request_sector: field("request", "__sector"),
         request_length: field("request", "__data_len"),
         request_bio: field("request", "bio"),
+        request_start: field("request", "start_time_ns"),
         bio_blkg: field("bio", "bi_blkg"),
         blkg_blkcg: field("blkcg_gq", "blkcg"),
         blkcg_cgroup: field("blkcg", "css.cgroup"),
@@ -48,9 +57,11 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         arg_exec_binprm: argument("sched_process_exec", "linux_binprm", 0),
         arg_switch_next: argument("sched_switch", "task_struct", 1),
         arg_block_request: argument("block_rq_issue", "request", 0),
+        arg_block_completed: argument("block_rq_complete", "request", 0),
         arg_state_sock: argument("inet_sock_set_state", "sock", 0),
         arg_send_reset_sock: argument("tcp_send_reset", "sock", 0),
         arg_receive_reset_sock: argument("tcp_receive_reset", "sock", 0),
+        arg_retransmit_sock: argument("tcp_retransmit_skb", "sock", 0),
         arg_oom_task: argument("mark_victim", "task_struct", 0),
     }
 }
@@ -87,7 +98,8 @@ impl Need {
 /// From system-call number to what it means, with this architecture's numbers.
 pub(crate) fn syscall_table() -> [u8; SYSCALL_TABLE] {
     let mut table = [SyscallKind::Other as u8; SYSCALL_TABLE];
-    let reads = [libc::SYS_read, libc::SYS_pread64, libc::SYS_readv, libc::SYS_preadv, libc::SYS_preadv2];
+    let reads = [libc::SYS_read, libc::SYS_pread64];
+    let vector_reads = [libc::SYS_readv, libc::SYS_preadv, libc::SYS_preadv2];
     let writes = [libc::SYS_write, libc::SYS_pwrite64, libc::SYS_writev, libc::SYS_pwritev, libc::SYS_pwritev2];
     let mut set = |numbers: &[libc::c_long], kind: SyscallKind| {
         for number in numbers {
@@ -97,7 +109,9 @@ pub(crate) fn syscall_table() -> [u8; SYSCALL_TABLE] {
         }
     };
     set(&reads, SyscallKind::Read);
+    set(&vector_reads, SyscallKind::ReadVector);
     set(&writes, SyscallKind::Write);
     set(&[libc::SYS_prctl], SyscallKind::Prctl);
+    set(&[libc::SYS_accept, libc::SYS_accept4], SyscallKind::Accept);
     table
 }

@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
-use warmswap_events::{CACHE_LANES, ClassAccount, Control, Counters, Histogram, Layout, Running, global, map};
+use warmswap_events::{
+    CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, Running, global, map,
+};
 
 use crate::SensorConfig;
 use crate::btf::Btf;
@@ -33,7 +35,9 @@ pub(crate) struct Loaded {
     pub(crate) probes: Vec<ProbeStatus>,
     pub(crate) cpus: usize,
     pub(crate) counters: MappedArray<Counters>,
-    pub(crate) latency: MappedArray<Histogram>,
+    pub(crate) histograms: MappedArray<Histogram>,
+    /// By slot, when it was asked last; see `probes::network`.
+    pub(crate) asked: Array<MapData, u64>,
     pub(crate) running: MappedArray<Running>,
     pub(crate) control: std::sync::Arc<MappedArray<Control>>,
     pub(crate) account: MappedArray<ClassAccount>,
@@ -85,10 +89,12 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         .override_global(global::LAYOUT, &layout, true)
         .override_global(global::CPUS, &cpus, true)
         .override_global(global::OWN_TGID, &own_tgid, true)
+        .override_global(global::BULK_RING_BYTES, &config.bulk_ring_bytes, true)
         .override_global(global::SYSCALLS, &syscalls[..], true)
         .override_global(probe_log::LEVEL, &log_level, true)
         .map_max_entries(map::COUNTERS, slots * cpus)
-        .map_max_entries(map::LATENCY, slots)
+        .map_max_entries(map::HISTOGRAMS, slots * DISTRIBUTIONS)
+        .map_max_entries(map::ASKED, slots)
         .map_max_entries(map::RUNNING, cpus)
         .map_max_entries(map::CACHE, cpus * CACHE_LANES)
         .map_max_entries(map::WATCHED, slots)
@@ -102,7 +108,8 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
 
     let wanted = Wanted { disabled: &config.disabled };
     // aya's own reader, for the type ids of typed tracepoints.
-    let types = aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no typed tracepoints")).ok();
+    let types = || aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no typed tracepoints")).ok();
+    let types = if config.typed { types() } else { None };
     let probes = attach_all(&mut object, &btf, &layout.0, types.as_ref(), mounts, wanted);
 
     let (slots, cpus) = (slots as usize, cpus as usize);
@@ -111,7 +118,8 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         probes,
         cpus,
         counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
-        latency: mapped(&mut object, map::LATENCY, slots)?,
+        histograms: mapped(&mut object, map::HISTOGRAMS, slots * DISTRIBUTIONS as usize)?,
+        asked: array(&mut object, map::ASKED)?,
         running: mapped(&mut object, map::RUNNING, cpus)?,
         control,
         account: mapped(&mut object, map::ACCOUNT, warmswap_events::CLASSES)?,
@@ -144,6 +152,11 @@ fn ring(object: &mut Ebpf, name: &'static str, bytes: u32) -> Result<Ring, Senso
         }
         _ => Err(SensorError::MapMissing { name }),
     }
+}
+
+fn array(object: &mut Ebpf, name: &'static str) -> Result<Array<MapData, u64>, SensorError> {
+    let map = object.take_map(name).ok_or(SensorError::MapMissing { name })?;
+    Array::try_from(map).map_err(|source| SensorError::MapUpdate { name, source })
 }
 
 fn hash(object: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, u64, u32>, SensorError> {
@@ -260,6 +273,9 @@ fn attach_packets(program: &mut CgroupSkb, mounts: &CgroupMounts, way: CgroupSkb
     program.attach(root_fd, way, CgroupAttachMode::Single).map(drop).map_err(|error| refusal(&error))
 }
 
+/// How the lines begin that the verifier adds to every log.
+const STATISTICS: [&str; 3] = ["processed ", "verification time", "stack depth"];
+
 /// The kernel's answer in one line: the last words of the verifier are the ones that say why.
 pub(crate) fn refusal(error: &ProgramError) -> String {
     match error {
@@ -269,9 +285,7 @@ pub(crate) fn refusal(error: &ProgramError) -> String {
                 .lines()
                 .rev()
                 .map(str::trim)
-                .find(|line| {
-                    !line.is_empty() && !line.starts_with("processed ") && !line.starts_with("verification time")
-                })
+                .find(|line| !line.is_empty() && !STATISTICS.iter().any(|word| line.starts_with(word)))
                 .unwrap_or("no reason given")
                 .to_owned();
             tracing::debug!(%log, "the verifier's log");

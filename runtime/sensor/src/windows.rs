@@ -2,8 +2,8 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use warmswap_events::{BUCKETS, Counters, Histogram, bucket_upper_ns};
-use warmswap_model::{CgroupId, FeatureWindow, LatencyHistogram, PerResource, ProbeCounts};
+use warmswap_events::{BUCKETS, Counters, DISTRIBUTIONS, Distribution, bucket_upper_ns};
+use warmswap_model::{CgroupId, Durations, FeatureWindow, LatencyHistogram, PerResource, ProbeCounts};
 
 use crate::drain::monotonic_ns;
 use crate::load::Loaded;
@@ -12,7 +12,7 @@ use crate::load::Loaded;
 #[derive(Clone)]
 struct Totals {
     counters: Counters,
-    latency: [u64; BUCKETS],
+    histograms: [[u64; BUCKETS]; DISTRIBUTIONS as usize],
 }
 
 /// One watched cgroup.
@@ -48,7 +48,14 @@ impl Watched {
         totals.counters.run_ns = totals.counters.run_ns.max(self.last.counters.run_ns);
         let length = now - self.at;
         let counts = counts(&self.last.counters, &totals.counters);
-        let request_latency = latency(&self.last.latency, &totals.latency);
+        let histogram =
+            |of: Distribution| histogram(&self.last.histograms[of as usize], &totals.histograms[of as usize]);
+        let durations = Durations {
+            request_latency: histogram(Distribution::RequestLatency),
+            request_gap: histogram(Distribution::RequestGap),
+            round_trip: histogram(Distribution::RoundTrip),
+            block_latency: histogram(Distribution::BlockLatency),
+        };
         *self.last = totals;
         self.at = now;
 
@@ -70,7 +77,7 @@ impl Watched {
             length_ms: u32::try_from(length.as_millis()).unwrap_or(u32::MAX),
             usage,
             counts,
-            request_latency,
+            durations,
         }
     }
 }
@@ -83,8 +90,11 @@ impl Totals {
             add(&mut sum, &counters);
             sum.run_ns += running_ns;
         }
-        let latency = loaded.latency.read(slot as usize).map_or([0; BUCKETS], |Histogram { buckets }| buckets);
-        Self { counters: sum, latency }
+        let histograms = Distribution::ALL.map(|distribution| {
+            let index = slot as usize * DISTRIBUTIONS as usize + distribution as usize;
+            loaded.histograms.read(index).map_or([0; BUCKETS], |histogram| histogram.buckets)
+        });
+        Self { counters: sum, histograms }
     }
 }
 
@@ -133,7 +143,13 @@ macro_rules! each_counter {
             oom_kills,
             block_requests,
             block_bytes,
-            block_sequential
+            block_sequential,
+            run_delay_ns,
+            major_faults,
+            tcp_retransmits,
+            accepts,
+            device_inputs,
+            orientation_changes
         )
     };
 }
@@ -153,7 +169,7 @@ fn counts(before: &Counters, after: &Counters) -> ProbeCounts {
     each_counter!(fields)
 }
 
-fn latency(before: &[u64; BUCKETS], after: &[u64; BUCKETS]) -> LatencyHistogram {
+fn histogram(before: &[u64; BUCKETS], after: &[u64; BUCKETS]) -> LatencyHistogram {
     let buckets = before.iter().zip(after).enumerate().filter(|(_, (before, after))| before != after);
     LatencyHistogram {
         buckets: buckets

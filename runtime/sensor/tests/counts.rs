@@ -85,8 +85,11 @@ fn a_slot_given_to_another_cgroup_starts_at_zero() {
     sensor.watch(first.id).expect("watch");
     assert!(sensor.watch(second.id).is_err(), "one place only");
     first.run(|| 0);
-    sensor.unwatch(first.id);
-    assert!(sensor.windows().is_empty());
+    assert!(sensor.is_full());
+    let last = sensor.unwatch(first.id).expect("was watched");
+    assert_eq!(last.cgroup, first.id);
+    assert_ne!(last.counts, Default::default(), "what it did last is told");
+    assert!(sensor.windows().is_empty() && sensor.unwatch(first.id).is_none() && !sensor.is_full());
     sensor.watch(second.id).expect("watch");
     first.run(|| 0);
     assert_eq!(window(&mut sensor).counts, Default::default());
@@ -200,7 +203,8 @@ fn direct_writes_are_block_requests_and_told_sequential() {
         println!("LEFT OUT: {TEST}: the file system of the target folder knows no O_DIRECT");
         return;
     }
-    let counts = window(&mut sensor).counts;
+    let seen = window(&mut sensor);
+    let (counts, latency) = (seen.counts, seen.durations.block_latency);
     if counts.block_requests == 0 && !std::path::Path::new("/sys/block").exists() {
         println!("LEFT OUT: {TEST}: no block devices here");
         return;
@@ -209,6 +213,18 @@ fn direct_writes_are_block_requests_and_told_sequential() {
     let least = if v1.is_some() { BLOCKS as u64 } else { BLOCKS as u64 - 8 };
     assert!(counts.block_requests >= least, "{counts:?}");
     assert!((least * 4096..BLOCKS as u64 * 4096 * 2).contains(&counts.block_bytes), "{counts:?}");
+    // The last ones may be completed a moment later; a flush, which has no length, is a request like any other.
+    let mut timed = latency.count();
+    for _ in 0..100 {
+        if timed >= counts.block_requests {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        timed += window(&mut sensor).durations.block_latency.count();
+    }
+    let timings_on = sensor.probes().iter().any(|probe| probe.name == "block-latency" && probe.attached);
+    assert!(!timings_on || timed == counts.block_requests, "{timed} of {counts:?}");
+    assert!(latency.quantile_ns(0.5).is_none_or(|ns| ns > 1_000 && ns < 10_000_000_000), "{latency:?}");
     assert!(
         counts.block_sequential >= BLOCKS as u64 / 2 && counts.block_sequential < counts.block_requests,
         "{counts:?}"
@@ -253,4 +269,48 @@ fn reads_from_a_terminal_are_input_and_reads_from_a_pipe_are_not() {
     let counts = window(&mut sensor).counts;
     assert_eq!(counts.tty_inputs, 3);
     assert_eq!(counts.reads, 4, "three lines and the byte from the pipe");
+}
+
+#[test]
+fn what_the_probes_cost_is_measured_when_somebody_asks() {
+    let mut sensor = sensor_or_leave!("what_the_probes_cost_is_measured_when_somebody_asks");
+    need_probe!("what_the_probes_cost_is_measured_when_somebody_asks", sensor, "system-calls");
+    assert_eq!(sensor.drain_cpu_time(), None);
+    sensor.start().expect("a thread");
+    assert!(sensor.drain_cpu_time().is_some());
+    let statistics = match sensor.measure_runs() {
+        Ok(statistics) => statistics,
+        Err(error) => {
+            println!("LEFT OUT: what_the_probes_cost_is_measured_when_somebody_asks: {error}");
+            return;
+        }
+    };
+    let empty_ns = statistics.empty_ns();
+    // An emulated processor takes its time.
+    assert!(empty_ns > 1.0 && empty_ns < 100_000.0, "{empty_ns} ns");
+    let before = sensor.runs();
+    let cgroup = Cgroup::new();
+    cgroup.run(|| {
+        for _ in 0..10_000 {
+            // SAFETY: no arguments.
+            unsafe { libc::getppid() };
+        }
+        0
+    });
+    let after = sensor.runs();
+    assert!(after.count - before.count >= 10_000, "{before:?} {after:?}");
+    assert!(statistics.net(before, after) <= after.time - before.time);
+}
+
+#[test]
+fn windows_of_some_leave_the_others_as_they_are() {
+    let mut sensor = sensor_or_leave!("windows_of_some_leave_the_others_as_they_are");
+    need_probe!("windows_of_some_leave_the_others_as_they_are", sensor, "file-bytes");
+    let (first, second) = (Cgroup::new(), Cgroup::new());
+    sensor.watch(first.id).expect("watch");
+    sensor.watch(second.id).expect("watch");
+    second.run(|| 0);
+    assert_eq!(sensor.windows_of(|cgroup| cgroup == first.id).len(), 1);
+    let windows = sensor.windows_of(|cgroup| cgroup == second.id);
+    assert_eq!((windows.len(), windows[0].counts.reads), (1, 1));
 }

@@ -5,7 +5,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Cgroup, fork_exec, window};
+use support::{Cgroup, fork_exec, fork_exec_as, window};
 use warmswap_sensor::{Accounting, Class, Classes, Detail, Event, Sensor, SensorConfig, Subscription, make_mark};
 
 fn all(everywhere: bool) -> Subscription {
@@ -45,8 +45,8 @@ fn processes_are_told_in_order_with_path_and_exit_code() {
     let details: Vec<&Detail> = events.iter().map(|event| &event.detail).collect();
     let [
         Detail::Fork { child },
-        Detail::Exec { path },
-        Detail::Exit { code: 1, signal: 0 },
+        Detail::Exec { path, .. },
+        Detail::Exit { code: 1, signal: 0, .. },
         Detail::Exit { code: 1, .. },
     ] = details[..]
     else {
@@ -56,6 +56,43 @@ fn processes_are_told_in_order_with_path_and_exit_code() {
     assert_eq!(events[1].pid, *child);
     assert_eq!(events[1].comm, "false");
     balanced(&mut sensor);
+}
+
+#[test]
+fn launches_and_ends_are_told_with_name_user_and_age() {
+    const TEST: &str = "launches_and_ends_are_told_with_name_user_and_age";
+    let mut sensor = sensor_or_leave!("launches_and_ends_are_told_with_name_user_and_age");
+    need_probe!("launches_and_ends_are_told_with_name_user_and_age", sensor, "exec", "exec-name", "fork", "exit");
+    const USER: u32 = 4711;
+    const SLEEP_MS: i64 = 60;
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let events = sensor.subscribe(all(false)).expect("starts");
+    let status = cgroup.run(|| {
+        // SAFETY: integers, then our own stack.
+        unsafe {
+            // The real user is the one that launches, whoever the effective one is.
+            libc::setresuid(USER, 0, 0);
+            let pause = libc::timespec { tv_sec: 0, tv_nsec: SLEEP_MS * 1_000_000 };
+            libc::nanosleep(&raw const pause, std::ptr::null_mut());
+        }
+        fork_exec_as(c"/bin/true", c"-true")
+    });
+    assert_eq!(status, 0, "{TEST}");
+    sensor.flush().expect("runs");
+    let events: Vec<Event> = events.receiver().try_iter().collect();
+    assert!(events.iter().all(|event| event.uid == Some(USER)), "{events:?}");
+    let launched = events.iter().find_map(|event| match &event.detail {
+        Detail::Exec { path, name } => Some((path.as_str(), name.as_str())),
+        _ => None,
+    });
+    assert_eq!(launched, Some(("/bin/true", "-true")), "{events:?}");
+    let ages: Vec<u64> = events
+        .iter()
+        .filter_map(|event| if let Detail::Exit { age_ns, .. } = event.detail { Some(age_ns) } else { None })
+        .collect();
+    let [short, long] = ages[..] else { panic!("{events:?}") };
+    assert!(long > SLEEP_MS as u64 * 1_000_000 && short > 0 && short < long - SLEEP_MS as u64 * 1_000_000, "{ages:?}");
 }
 
 #[test]
@@ -106,6 +143,25 @@ fn overload_drops_events_as_numbers_and_counters_stay_exact() {
 }
 
 #[test]
+fn the_least_valuable_class_gives_way_first() {
+    let config =
+        SensorConfig { bulk_ring_bytes: 65_536, drain_interval: Duration::from_secs(3600), ..SensorConfig::default() };
+    let mut sensor = sensor_or_leave!("the_least_valuable_class_gives_way_first", config);
+    need_probe!("the_least_valuable_class_gives_way_first", sensor, "exec", "fork", "exit");
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let events = sensor.subscribe(all(false)).expect("starts");
+    // Some 340 bytes each: three times what the ring holds.
+    cgroup.run(|| (0..600).map(|_| fork_exec(c"/bin/true")).sum());
+    let accounting = balanced(&mut sensor);
+    let [fork, exit, exec] = [Class::Fork, Class::Exit, Class::Exec].map(|class| accounting.of(class));
+    assert!(fork.consumed < exit.consumed && exit.consumed < exec.consumed, "{fork:?} {exit:?} {exec:?}");
+    assert_eq!((fork.shed, exit.shed, exec.shed), (fork.dropped, exit.dropped, 0), "only launches find the ring full");
+    assert!(exec.dropped > 0, "{exec:?}");
+    drop(events);
+}
+
+#[test]
 fn a_slow_subscriber_loses_events_and_knows_how_many() {
     let mut sensor = sensor_or_leave!("a_slow_subscriber_loses_events_and_knows_how_many");
     need_probe!("a_slow_subscriber_loses_events_and_knows_how_many", sensor, "fork");
@@ -149,7 +205,8 @@ fn events_of_unwatched_cgroups_come_only_to_who_asks_and_never_our_own() {
     // OOM kills and marks come from everywhere, but not to a subscriber of watched cgroups.
     assert!(near.is_empty(), "{near:?}");
     assert!(
-        far.iter().any(|e| e.cgroup == other.id && matches!(&e.detail, Detail::Exec { path } if path == "/bin/true"))
+        far.iter()
+            .any(|e| e.cgroup == other.id && matches!(&e.detail, Detail::Exec { path, .. } if path == "/bin/true"))
     );
     let own = std::process::id();
     assert!(far.iter().all(|event| event.pid != own), "{far:?}");
@@ -166,6 +223,8 @@ fn tcp_states_are_told_with_ports() {
     let address = listener.local_addr().expect("bound");
     let client = std::net::TcpStream::connect(address).expect("connects");
     let client_port = client.local_addr().expect("bound").port();
+    // SAFETY: no arguments.
+    let user = unsafe { libc::getuid() };
     let accepted = listener.accept().expect("accepts");
     drop(accepted);
     drop(client);
@@ -174,6 +233,7 @@ fn tcp_states_are_told_with_ports() {
     let found = events.receiver().try_iter().any(|event| {
         matches!(&event.detail, Detail::Tcp { old, new, local_port, remote_port }
             if old == "syn-recv" && new == "established" && (*local_port, *remote_port) == (server_port, client_port))
+            && event.uid == Some(user)
     });
     assert!(found, "the accepted connection was established");
 }

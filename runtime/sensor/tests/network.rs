@@ -134,7 +134,7 @@ fn latency_of_requests_is_measured_for_a_server_that_knows_nothing() {
     drop(client);
     assert_eq!(child.wait(), 0);
     let window = window(&mut sensor);
-    let latency = &window.request_latency;
+    let latency = &window.durations.request_latency;
     assert_eq!(latency.count(), REQUESTS as u64, "{latency:?}");
     // No less than the server sleeps, no more than the client waits (and a bucket is an eighth wide), for the fastest,
     // the middle and the slowest request, however late a busy host is.
@@ -145,7 +145,16 @@ fn latency_of_requests_is_measured_for_a_server_that_knows_nothing() {
         assert!(ms >= 2.0 && ms <= client_ms * 1.13, "quantile {q}: {ms} ms, the client saw {client_ms} ms");
     }
     assert_eq!(window.counts.tcp_opened, 1, "{:?}", window.counts);
+    assert_eq!(window.counts.accepts, 1, "{:?}", window.counts);
     assert_eq!((window.counts.tcp_resets, window.counts.tcp_resets_received), (0, 0));
+    // One request follows the other no sooner than it was answered.
+    let gap = &window.durations.request_gap;
+    assert_eq!(gap.count(), REQUESTS as u64 - 1, "{gap:?}");
+    assert!(gap.quantile_ns(0.0).is_some_and(|ns| ns >= 2_000_000), "{gap:?}");
+    // What TCP itself says of the same connection; over loopback far less than the server sleeps, unless the host stood still.
+    let round_trip = &window.durations.round_trip;
+    assert_eq!(round_trip.count(), REQUESTS as u64, "{round_trip:?}");
+    assert!(round_trip.quantile_ns(0.5).is_some_and(|ns| ns > 0 && ns < 100_000_000), "{round_trip:?}");
     // The last acknowledgement may be handled a moment later.
     let mut closed = window.counts.tcp_closed;
     for _ in 0..200 {
@@ -195,7 +204,8 @@ fn what_a_service_asks_of_others_is_no_request_to_it() {
     drop(connection);
     assert_eq!(child.wait(), 0);
     let window = window(&mut sensor);
-    assert_eq!(window.request_latency.count(), 0, "{:?}", window.request_latency);
+    let latency = &window.durations.request_latency;
+    assert_eq!(latency.count(), 0, "{latency:?}");
     assert_eq!(window.counts.tcp_opened, 1);
     assert!(window.counts.tx_packets >= 5);
 }

@@ -4,49 +4,12 @@
 mod support;
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use support::{Cgroup, window};
+use support::{Cgroup, Limited, window};
 use warmswap_sensor::{Class, Classes, Detail, Subscription};
 
 const LIMIT_BYTES: usize = 16 << 20;
-
-/// A folder in which the memory of its members is limited: the v2 cgroup itself where it has the controller, else one
-/// in the v1 hierarchy.
-struct Limited {
-    procs: PathBuf,
-    own: Option<PathBuf>,
-}
-
-impl Limited {
-    fn new(cgroup: &Cgroup) -> Result<Self, String> {
-        if cgroup.path.join("memory.max").exists() {
-            fs::write(cgroup.path.join("memory.max"), LIMIT_BYTES.to_string()).map_err(|e| e.to_string())?;
-            let _ = fs::write(cgroup.path.join("memory.swap.max"), "0");
-            return Ok(Self { procs: cgroup.path.join("cgroup.procs"), own: None });
-        }
-        let folder = PathBuf::from("/sys/fs/cgroup/memory").join(cgroup.path.file_name().expect("a name"));
-        fs::create_dir(&folder).map_err(|e| format!("no memory controller: {}: {e}", folder.display()))?;
-        let limited = Self { procs: folder.join("cgroup.procs"), own: Some(folder.clone()) };
-        fs::write(folder.join("memory.limit_in_bytes"), LIMIT_BYTES.to_string()).map_err(|e| e.to_string())?;
-        Ok(limited)
-    }
-}
-
-impl Drop for Limited {
-    fn drop(&mut self) {
-        if let Some(folder) = &self.own {
-            for _ in 0..100 {
-                if fs::remove_dir(folder).is_ok() {
-                    return;
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            eprintln!("left behind: {}", folder.display());
-        }
-    }
-}
 
 #[test]
 fn a_victim_is_told_at_once_and_counted() {
@@ -54,7 +17,7 @@ fn a_victim_is_told_at_once_and_counted() {
     let mut sensor = sensor_or_leave!("a_victim_is_told_at_once_and_counted");
     need_probe!("a_victim_is_told_at_once_and_counted", sensor, "out-of-memory");
     let cgroup = Cgroup::new();
-    let limited = match Limited::new(&cgroup) {
+    let limited = match Limited::new(&cgroup, LIMIT_BYTES) {
         Ok(limited) => limited,
         Err(reason) => {
             println!("LEFT OUT: {TEST}: {reason}");
@@ -80,7 +43,7 @@ fn a_victim_is_told_at_once_and_counted() {
         }
         0
     });
-    fs::write(&limited.procs, child.pid.to_string()).expect("joins the limited group");
+    limited.join(&child);
     use std::io::Write;
     let pid = child.pid;
     let begin = Instant::now();

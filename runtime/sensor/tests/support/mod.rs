@@ -135,6 +135,18 @@ impl Child {
         self.reap()
     }
 
+    /// Its exit status, when it has ended.
+    pub fn try_wait(&self) -> Option<i32> {
+        // SAFETY: zeroed integers.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // SAFETY: our own child, which stays to be reaped; the kernel fills the structure, which is zero before.
+        unsafe {
+            libc::waitid(libc::P_PID, self.pid as libc::id_t, &raw mut info, flags);
+            (info.si_pid() == self.pid).then(|| info.si_status())
+        }
+    }
+
     fn reap(&mut self) -> i32 {
         let mut status = 0;
         // SAFETY: our own child.
@@ -151,6 +163,46 @@ impl Drop for Child {
             // SAFETY: our own child, not yet waited for.
             unsafe { libc::kill(self.pid, libc::SIGKILL) };
             self.reap();
+        }
+    }
+}
+
+/// A folder in which the memory of its members is limited: the v2 cgroup itself where it has the controller, else one
+/// in the v1 hierarchy.
+pub struct Limited {
+    procs: PathBuf,
+    own: Option<PathBuf>,
+}
+
+impl Limited {
+    pub fn new(cgroup: &Cgroup, bytes: usize) -> Result<Self, String> {
+        if cgroup.path.join("memory.max").exists() {
+            fs::write(cgroup.path.join("memory.max"), bytes.to_string()).map_err(|e| e.to_string())?;
+            let _ = fs::write(cgroup.path.join("memory.swap.max"), "0");
+            return Ok(Self { procs: cgroup.path.join("cgroup.procs"), own: None });
+        }
+        let folder = PathBuf::from("/sys/fs/cgroup/memory").join(cgroup.path.file_name().expect("a name"));
+        fs::create_dir(&folder).map_err(|e| format!("no memory controller: {}: {e}", folder.display()))?;
+        let limited = Self { procs: folder.join("cgroup.procs"), own: Some(folder.clone()) };
+        fs::write(folder.join("memory.limit_in_bytes"), bytes.to_string()).map_err(|e| e.to_string())?;
+        Ok(limited)
+    }
+
+    pub fn join(&self, child: &Child) {
+        fs::write(&self.procs, child.pid.to_string()).expect("joins the limited group");
+    }
+}
+
+impl Drop for Limited {
+    fn drop(&mut self) {
+        if let Some(folder) = &self.own {
+            for _ in 0..100 {
+                if fs::remove_dir(folder).is_ok() {
+                    return;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            eprintln!("left behind: {}", folder.display());
         }
     }
 }
@@ -172,11 +224,16 @@ pub fn window(sensor: &mut Sensor) -> FeatureWindow {
 
 /// Runs a program from inside a child: fork, exec, wait, all by system calls. Returns its exit status.
 pub fn fork_exec(path: &'static std::ffi::CStr) -> i32 {
+    fork_exec_as(path, path)
+}
+
+/// The same, with another first argument than its path.
+pub fn fork_exec_as(path: &'static std::ffi::CStr, name: &'static std::ffi::CStr) -> i32 {
     // SAFETY: constant strings and our own stack; the child execs or leaves.
     unsafe {
         let pid = libc::fork();
         if pid == 0 {
-            let argv = [path.as_ptr(), std::ptr::null()];
+            let argv = [name.as_ptr(), std::ptr::null()];
             let envp = [std::ptr::null()];
             libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr());
             libc::_exit(127);
