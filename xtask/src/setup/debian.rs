@@ -13,7 +13,7 @@ use crate::run;
 /// Package, a program that proves it is usable, why it is needed.
 /// Kept short: each entry is a minute of somebody's time. A C compiler is not among them: without one xtask itself
 /// could not have been built.
-const PACKAGES: [(&str, &str, &str); 11] = [
+const PACKAGES: [(&str, &str, &str); 13] = [
     (
         "redis-tools",
         "redis-benchmark",
@@ -25,6 +25,8 @@ const PACKAGES: [(&str, &str, &str); 11] = [
     // Not docker.io and criu, the benchmark's other peers: the one starts a daemon and changes the packet filter, the
     // other does not work on newer kernels.
     ("runc", "runc", "the benchmark compares handovers with restarts under it"),
+    ("bpftrace", "bpftrace", "the benchmark compares the probes with it"),
+    ("libbpf-tools", "execsnoop", "the benchmark compares the probes with its tools"),
     ("wrk", "wrk", "is the client of the servers that we did not write"),
     ("gunicorn", "gunicorn", "is a server that we did not write: tests update it in a container of its own"),
     ("haproxy", "haproxy", "is another, which drains in its own way"),

@@ -103,14 +103,14 @@ fn run_kernel(
 }
 
 /// Everything lies where it lies on the host: test programs know the paths of the programs they start.
-fn files(tests: &[TestProgram], programs: &[PathBuf]) -> Vec<(PathBuf, PathBuf)> {
+pub(crate) fn files(tests: &[TestProgram], programs: &[PathBuf]) -> Vec<(PathBuf, PathBuf)> {
     let same = |path: PathBuf| (path.clone(), path);
     let own = tests.iter().map(|p| p.path.clone()).chain(programs.iter().cloned()).map(same);
     let hosts = HOST_PROGRAMS.map(|(host, guest)| (PathBuf::from(host), PathBuf::from(guest)));
     own.chain(hosts.into_iter().filter(|(host, _)| host.is_file())).collect()
 }
 
-fn command(test: &TestProgram, filter: Option<&str>) -> String {
+pub(crate) fn command(test: &TestProgram, filter: Option<&str>) -> String {
     let filter = filter.map_or_else(String::new, |f| format!(" {}", quoted(f)));
     let programs = run::target().join("release");
     format!(

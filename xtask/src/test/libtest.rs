@@ -106,7 +106,7 @@ pub(super) fn run_command(group: &str, mut command: Command) -> Result<Outcome> 
 }
 
 /// One line, and the whole output when something failed.
-pub(super) fn report(group: &str, outcome: &Outcome, lines: &[String], time: Duration) {
+pub(crate) fn report(group: &str, outcome: &Outcome, lines: &[String], time: Duration) {
     if !outcome.failed.is_empty() {
         eprintln!("---- output of {group}");
         for line in lines {

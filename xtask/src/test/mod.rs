@@ -8,7 +8,7 @@
 //! lines are collected; `--require-all` turns them into failures.
 
 pub(crate) mod in_vm;
-mod libtest;
+pub(crate) mod libtest;
 pub(crate) mod programs;
 mod summary;
 

@@ -18,6 +18,8 @@ fi
 $bb --install -s /bin
 # Real programs before busybox's smaller ones.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/ RUST_BACKTRACE=1 TERM=dumb
+# Somebody at the keyboard is asked over this line; see keyboard.rs.
+export WARMSWAP_KEYBOARD=/dev/ttyS1
 
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

@@ -11,16 +11,26 @@ use anyhow::{Context as _, Result, bail};
 use crate::run;
 
 /// A kernel line with the Debian suite that carries it. To add one, add a row and run
-/// `cargo xtask vm --kernel NAME --command 'uname -r'`.
-const KERNELS: [(&str, &str); 3] = [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie")];
+/// `cargo xtask vm --kernel NAME --command 'uname -r'`. sid moves on: `7.x` is whatever 7 it has today.
+const KERNELS: [(&str, &str); 6] = [
+    ("5.10", "bullseye"),
+    ("6.1", "bookworm"),
+    ("6.1-full", "bookworm"),
+    ("6.12", "trixie"),
+    ("7.2", "sid"),
+    ("7.x", "sid"),
+];
 
-/// Depends on the newest cloud kernel of the suite.
+/// Depend on the newest kernel of the suite: the small one, which has what virtual machines have, and the one with
+/// every driver, for the lines whose names end with [`FULL`].
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
+const META_PACKAGE_FULL: &str = "linux-image-amd64";
+const FULL: &str = "-full";
 
 /// What the tests need and the cloud kernels have as modules: overlayfs for images, veth for networks, sock_diag for
-/// the comparison of sockets before and after, evdev for input, a disk for block I/O.
-const MODULES: [&str; 8] =
-    ["overlay", "veth", "unix_diag", "inet_diag", "tcp_diag", "evdev", "virtio_pci", "virtio_blk"];
+/// the comparison of sockets before and after, evdev and uinput for input, a disk for block I/O.
+const MODULES: [&str; 9] =
+    ["overlay", "veth", "unix_diag", "inet_diag", "tcp_diag", "evdev", "virtio_pci", "virtio_blk", "uinput"];
 
 #[derive(Debug)]
 pub(crate) struct Kernel {
@@ -30,33 +40,36 @@ pub(crate) struct Kernel {
 }
 
 pub(crate) fn names() -> Vec<&'static str> {
-    KERNELS.iter().map(|(name, _)| *name).collect()
+    KERNELS.iter().map(|(name, ..)| *name).collect()
 }
 
 /// Fetches the kernel unless it is there already.
 pub(crate) fn fetch(name: &str) -> Result<Kernel> {
-    let Some((_, suite)) = KERNELS.iter().find(|(known, _)| *known == name) else {
+    let Some((_, suite)) = KERNELS.iter().find(|(known, ..)| *known == name) else {
         bail!("no kernel {name} in the table, there are {}", names().join(", "));
     };
     let folder = run::target().join("vm/kernels").join(name);
     let unpacked = folder.join("unpacked");
     if !unpacked.is_dir() {
-        let package = download(name, suite, &folder)?;
+        let packages = download(name, suite, &folder)?;
         // Under another name until it is complete: an interrupted one is not taken for a whole one.
         let partial = folder.join("partial");
         remove(&partial)?;
-        run::output(Command::new("dpkg-deb").arg("--extract").args([&package, &partial]))?;
+        for package in &packages {
+            run::output(Command::new("dpkg-deb").arg("--extract").args([package, &partial]))?;
+            fs::remove_file(package).with_context(|| format!("cannot remove {}", package.display()))?;
+        }
         fs::rename(&partial, &unpacked).with_context(|| format!("cannot rename {}", partial.display()))?;
-        fs::remove_file(&package).with_context(|| format!("cannot remove {}", package.display()))?;
     }
-    let image = find(&unpacked.join("boot"), &|file| file.starts_with("vmlinuz-"))?;
-    let image = image.into_iter().next().context("the kernel package has no /boot/vmlinuz-…")?;
+    // /boot/vmlinuz-VERSION, or beside the modules where the package is split.
+    let image = find(&unpacked, &|file| file == "vmlinuz" || file.starts_with("vmlinuz-"))?;
+    let image = image.into_iter().next().context("the kernel package has no vmlinuz")?;
     let modules = load_order(&unpacked)?;
     Ok(Kernel { image, modules })
 }
 
 /// With package lists of our own below `folder`, so that the host may be of any suite.
-fn download(name: &str, suite: &str, folder: &Path) -> Result<PathBuf> {
+fn download(name: &str, suite: &str, folder: &Path) -> Result<Vec<PathBuf>> {
     let apt = folder.join("apt");
     for below in ["lists/partial", "cache/archives/partial"] {
         let path = apt.join(below);
@@ -84,19 +97,58 @@ fn download(name: &str, suite: &str, folder: &Path) -> Result<PathBuf> {
         command
     };
     eprintln!("vm: fetching kernel {name} of Debian {suite}");
-    run::output(client("apt-get").arg("update"))?;
-    let shown = run::output(client("apt-cache").args(["show", "--no-all-versions", META_PACKAGE]))?;
-    let package = shown
-        .lines()
-        .find_map(|line| line.strip_prefix("Depends: ")?.split([' ', ',']).next())
-        .with_context(|| format!("{META_PACKAGE} of {suite} names no kernel"))?;
-    if !package.starts_with(&format!("linux-image-{name}.")) && !package.starts_with(&format!("linux-image-{name}+")) {
-        bail!("{suite} now has {package}, not {name}: correct the table in xtask/src/vm/kernel.rs");
+    // Without this option a mirror that does not answer is only warned about.
+    run::output(client("apt-get").args(["-o", "APT::Update::Error-Mode=any", "update"]))
+        .with_context(|| format!("no package lists of Debian {suite}"))?;
+    let depends = |package: &str| -> Result<Vec<String>> {
+        let shown = run::output(client("apt-cache").args(["show", "--no-all-versions", package]))?;
+        Ok(dependencies_of_package(&shown))
+    };
+    let meta = if name.ends_with(FULL) { META_PACKAGE_FULL } else { META_PACKAGE };
+    let image = depends(meta)?.into_iter().find(|package| package.starts_with("linux-image-"));
+    let image = image.with_context(|| format!("{meta} of {suite} names no kernel"))?;
+    if !is_of_line(&image, name) {
+        let other = KERNELS.iter().find(|(other, of)| *of == suite && is_of_line(&image, other));
+        let how = other.map_or_else(
+            || "correct the table in xtask/src/vm/kernel.rs".to_owned(),
+            |(other, _)| format!("ask for {other}, which is whatever it has"),
+        );
+        bail!("Debian {suite} now has {image}, not {name}: {how}");
     }
-    run::output(client("apt-get").args(["download", package]))?;
-    let found = find(folder, &|file| file.starts_with(package) && file.ends_with(".deb"))?;
+    let mut packages = parts(depends(&image)?);
+    if packages.is_empty() {
+        packages.push(image);
+    }
+    run::output(client("apt-get").arg("download").args(&packages))?;
+    let file = |package: &String| {
+        let found = find(folder, &|file| file.starts_with(&format!("{package}_")) && file.ends_with(".deb"))?;
+        found.into_iter().next().with_context(|| format!("apt-get downloaded no {package}"))
+    };
+    let files = packages.iter().map(file).collect::<Result<_>>()?;
     remove(&apt)?;
-    found.into_iter().next().with_context(|| format!("apt-get downloaded no {package}"))
+    Ok(files)
+}
+
+/// From sid on, the image and the modules are packages of their own, and `linux-image-…` only asks for both.
+fn parts(dependencies: Vec<String>) -> Vec<String> {
+    let part = |package: &String| ["linux-binary-", "linux-modules-"].iter().any(|p| package.starts_with(p));
+    dependencies.into_iter().filter(part).collect()
+}
+
+/// From what apt-cache shows of one package: names only, the first of alternatives.
+fn dependencies_of_package(shown: &str) -> Vec<String> {
+    let line = shown.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
+    line.split(',').filter_map(|one| one.split_whitespace().next()).map(str::to_owned).collect()
+}
+
+/// `linux-image-6.12.3+deb13-cloud-amd64` is of the line 6.12, `linux-image-7.3.1…` of 7.x.
+fn is_of_line(package: &str, line: &str) -> bool {
+    let Some(version) = package.strip_prefix("linux-image-") else { return false };
+    let line = line.strip_suffix(FULL).unwrap_or(line);
+    match line.strip_suffix('x') {
+        Some(beginning) => version.starts_with(beginning),
+        None => version.strip_prefix(line).is_some_and(|rest| rest.starts_with(['.', '+'])),
+    }
 }
 
 /// The Debian mirror that this host uses.
@@ -200,5 +252,23 @@ mod tests {
         assert!(dependencies(b"\0depends=\0name=overlay\0").is_empty());
         assert!(dependencies(b"").is_empty());
         assert_eq!(module_name(Path::new("a/nf-log.ko.xz")).as_deref(), Some("nf_log"));
+    }
+
+    #[test]
+    fn a_split_package_is_fetched_in_parts() {
+        let whole = "Package: a\nDepends: kmod, initramfs-tools (>= 0.120) | linux-initramfs-tool\nSize: 1\n";
+        assert!(parts(dependencies_of_package(whole)).is_empty());
+        let split =
+            "Depends: dracut | x, linux-base-7.2-c (= 7.2-1), linux-binary-7.2-c (= 7.2-1), linux-modules-7.2-c\n";
+        assert_eq!(parts(dependencies_of_package(split)), ["linux-binary-7.2-c", "linux-modules-7.2-c"]);
+    }
+
+    #[test]
+    fn a_line_is_told_from_its_neighbours() {
+        assert!(is_of_line("linux-image-6.1.0-50-cloud-amd64", "6.1"));
+        assert!(!is_of_line("linux-image-6.12.117+deb13-cloud-amd64", "6.1"));
+        assert!(is_of_line("linux-image-7.3.1+deb14-cloud-amd64", "7.x"));
+        assert!(!is_of_line("linux-image-7.3.1+deb14-cloud-amd64", "7.2"));
+        assert!(is_of_line("linux-image-6.1.0-50-amd64", "6.1-full"));
     }
 }

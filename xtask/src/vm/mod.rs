@@ -6,6 +6,8 @@
 mod console;
 mod cpio;
 pub(crate) mod kernel;
+mod keyboard;
+mod matrix;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -25,9 +27,9 @@ pub(crate) use console::CommandOutcome;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Which kernel line
-    #[arg(long, default_value = "6.1", value_parser = kernel::names())]
-    kernel: String,
+    /// Which kernel lines, with commas between them; `host` is this machine as it is, for the matrix only
+    #[arg(long, default_value = "6.1", value_delimiter = ',', value_parser = [&kernel::names()[..], &[matrix::HOST]].concat())]
+    kernel: Vec<String>,
     /// Run the test programs of this package (may be given more than once)
     #[arg(long, short)]
     package: Vec<String>,
@@ -43,6 +45,9 @@ pub(crate) struct Options {
     /// Put this file of the host, with its libraries if it is a program, at the same path (may be given more than once)
     #[arg(long)]
     file: Vec<PathBuf>,
+    /// After the matrix: keep what the verifier needed as what is allowed from now on
+    #[arg(long)]
+    record: bool,
 }
 
 /// How a machine went.
@@ -68,8 +73,13 @@ pub(crate) struct Job<'a> {
     pub(crate) time_max: Duration,
 }
 
-/// The machine's disk: empty, sparse, gone with the machine.
+const DISK: &str = "disk";
+const SCRATCH: &str = "scratch";
+/// The machine's disks: empty, sparse, gone with the machine.
 const DISK_BYTES: u64 = 256 << 20;
+const SCRATCH_BYTES: u64 = 16 << 20;
+/// By which programs inside know the disk that may be overwritten. At most 20 characters.
+const SCRATCH_SERIAL: &str = "warmswap-scratch";
 
 const BOOT_TIME_MAX: Duration = Duration::from_secs(300);
 
@@ -78,25 +88,34 @@ const BOOT_TIME_MAX: Duration = Duration::from_secs(300);
 const KERNEL_LINE: &str = "console=ttyS0 panic=-1 quiet loglevel=1 random.trust_cpu=on tsc=reliable";
 
 pub(crate) fn run_verb(options: &Options) -> Result<()> {
-    if let Some(command) = &options.command {
-        let files: Vec<_> = options.file.iter().map(|f| (f.clone(), f.clone())).collect();
-        let job = Job {
-            kernel: &options.kernel,
-            files: &files,
-            commands: std::slice::from_ref(command),
-            time_max: Duration::from_secs(600),
-        };
-        let outcome = boot(&job, &mut |_, line| println!("{line}"))?;
-        eprintln!("vm: {}, up after {:.1} s", outcome.release, outcome.boot.as_secs_f64());
-        if let Some(trouble) = outcome.trouble {
-            bail!("{trouble}");
-        }
-        return match outcome.commands[0].status {
-            Some(0) => Ok(()),
-            Some(status) => bail!("the command ended with status {status}"),
-            None => bail!("the command did not end"),
-        };
+    let tests = !options.package.is_empty() || options.scenario.is_some() || options.filter.is_some();
+    if options.command.is_none() && !tests {
+        return matrix::run(&options.kernel, options.record);
     }
+    // Built and run kernel by kernel: what fails on one is to be seen before the next begins.
+    options.kernel.iter().try_for_each(|kernel| match &options.command {
+        Some(command) => run_shell(kernel, command, &options.file),
+        None => run_tests(kernel, options),
+    })
+}
+
+fn run_shell(kernel: &str, command: &String, files: &[PathBuf]) -> Result<()> {
+    let files: Vec<_> = files.iter().map(|f| (f.clone(), f.clone())).collect();
+    let job =
+        Job { kernel, files: &files, commands: std::slice::from_ref(command), time_max: Duration::from_secs(600) };
+    let outcome = boot(&job, &mut |_, line| println!("{line}"))?;
+    eprintln!("vm: {}, up after {:.1} s", outcome.release, outcome.boot.as_secs_f64());
+    if let Some(trouble) = outcome.trouble {
+        bail!("{trouble}");
+    }
+    match outcome.commands[0].status {
+        Some(0) => Ok(()),
+        Some(status) => bail!("the command ended with status {status}"),
+        None => bail!("the command did not end"),
+    }
+}
+
+fn run_tests(kernel: &str, options: &Options) -> Result<()> {
     let mut packages = options.package.clone();
     let filter = options.scenario.as_ref().or(options.filter.as_ref());
     if options.scenario.is_some() {
@@ -106,7 +125,7 @@ pub(crate) fn run_verb(options: &Options) -> Result<()> {
         packages = in_vm::PACKAGES.map(str::to_owned).to_vec();
     }
     let built = programs::build(&packages)?;
-    in_vm::run_alone(&options.kernel, &built, filter.map(String::as_str))
+    in_vm::run_alone(kernel, &built, filter.map(String::as_str))
 }
 
 /// Boots, runs the commands, switches off. `show` gets each line of output with the number of its command as it comes.
@@ -117,14 +136,17 @@ pub(crate) fn boot(job: &Job<'_>, show: &mut dyn FnMut(usize, &str)) -> Result<V
     let word = format!("vm-{}", random_word()?);
     let archive = folder.0.join("initramfs");
     let size = pack(job, &kernel, &word, &folder.0)?.write(&archive)?;
-    let disk = folder.0.join("disk");
-    let file = fs::File::create(&disk).with_context(|| format!("cannot create {}", disk.display()))?;
-    file.set_len(DISK_BYTES).with_context(|| format!("cannot make {} as large as a disk", disk.display()))?;
-    let mut qemu = qemu(&kernel.image, &archive, size, &disk);
+    for (disk, bytes) in [(DISK, DISK_BYTES), (SCRATCH, SCRATCH_BYTES)] {
+        let disk = folder.0.join(disk);
+        let file = fs::File::create(&disk).with_context(|| format!("cannot create {}", disk.display()))?;
+        file.set_len(bytes).with_context(|| format!("cannot make {} as large as a disk", disk.display()))?;
+    }
+    let mut qemu = qemu(&kernel.image, &archive, size);
     let started = Instant::now();
     let errors = folder.0.join("qemu.log");
     let log = fs::File::create(&errors).with_context(|| format!("cannot create {}", errors.display()))?;
     let mut child = qemu
+        .current_dir(&folder.0)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
@@ -164,6 +186,11 @@ pub(crate) fn boot(job: &Job<'_>, show: &mut dyn FnMut(usize, &str)) -> Result<V
                 }
                 if console.release.is_some() && boot.is_none() {
                     boot = Some(started.elapsed());
+                    if let Err(error) = keyboard::serve(&folder.0) {
+                        trouble = Some(format!("nobody sits at its keyboard: {error:#}"));
+                        child.kill().context("cannot end QEMU")?;
+                        break;
+                    }
                 }
             }
             Err(RecvTimeoutError::Disconnected) => break,
@@ -190,7 +217,8 @@ pub(crate) fn boot(job: &Job<'_>, show: &mut dyn FnMut(usize, &str)) -> Result<V
     })
 }
 
-fn qemu(kernel: &Path, archive: &Path, archive_bytes: u64, disk: &Path) -> Command {
+/// Started in the folder that holds the disks.
+fn qemu(kernel: &Path, archive: &Path, archive_bytes: u64) -> Command {
     // The archive is there twice for a moment: as it was loaded, and unpacked. The unpacked one may take half.
     let memory_mb = (archive_bytes / (1 << 20)) * 3 + 2048;
     // Should we be killed, the machine goes with us. (setpriv becomes QEMU, so the process id is QEMU's.)
@@ -206,13 +234,17 @@ fn qemu(kernel: &Path, archive: &Path, archive_bytes: u64, disk: &Path) -> Comma
     command
         .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", &memory_mb.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
-        .arg("-drive")
-        .arg(format!("if=virtio,format=raw,cache=unsafe,file={}", disk.display().to_string().replace(',', ",,")))
+        // In this order they are vda and vdb.
+        .args(["-drive", &format!("if=none,id=disk,format=raw,cache=unsafe,file={DISK}")])
+        .args(["-device", "virtio-blk-pci,drive=disk"])
+        .args(["-drive", &format!("if=none,id=scratch,format=raw,cache=unsafe,file={SCRATCH}")])
+        .args(["-device", &format!("virtio-blk-pci,drive=scratch,serial={SCRATCH_SERIAL}")])
         .arg("-kernel")
         .arg(kernel)
         .arg("-initrd")
         .arg(archive)
         .args(["-append", KERNEL_LINE]);
+    keyboard::options(&mut command);
     command
 }
 
