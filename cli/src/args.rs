@@ -70,11 +70,31 @@ pub(crate) enum Verb {
         #[arg(long, conflicts_with = "service")]
         all: bool,
     },
-    /// Show events of the services as they happen.
+    /// Show containers, what they use and what is forecast, live.
+    ///
+    /// Services, and containers that other tools started. Without a terminal, or with --json, one document a second.
+    Top {
+        /// Let the kernel measure the probes too; that lengthens every run of every BPF program on the host meanwhile.
+        #[arg(long)]
+        cost: bool,
+        /// End after this many seconds with news.
+        #[arg(long, short = 'n')]
+        count: Option<u64>,
+        /// End after this many seconds.
+        #[arg(long)]
+        seconds: Option<f64>,
+    },
+    /// Show events of services, and of containers that other tools started, as they happen.
     Trace {
         /// Only this service.
         #[arg(long, short)]
         service: Option<ServiceName>,
+        /// Only this container of another tool: its name, or the beginning of its id.
+        #[arg(long, conflicts_with = "service")]
+        container: Option<String>,
+        /// Only what this user did: a name or a number. The real user of the process, or whoever made the socket.
+        #[arg(long, short)]
+        user: Option<String>,
         /// Only events of these classes.
         #[arg(long, short, value_delimiter = ',')]
         class: Vec<String>,

@@ -19,6 +19,7 @@ mod inventory;
 mod requirements;
 pub mod sequence;
 mod store;
+mod terminal;
 mod wait;
 
 pub use agent::Agent;
@@ -26,6 +27,7 @@ pub use ground::{Ground, Said, program};
 pub use inventory::{Inventory, Leftovers};
 pub use requirements::{Requirement, left_out, missing};
 pub use store::{LENIENT, Settings, Store, Update};
+pub use terminal::Terminal;
 pub use wait::{SetOnDrop, eventually, within};
 
 /// In the image of `plain-server`: what it answers.

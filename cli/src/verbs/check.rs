@@ -31,6 +31,14 @@ pub(super) fn check(here: &Here) -> Result<ExitCode> {
         detail: f.detail,
         remedy: f.advice,
     }));
+    let others = warmswap_agent::check_other_containers();
+    findings.push(Finding {
+        area: "containers",
+        name: "containers of other tools".into(),
+        ok: others.ok,
+        detail: others.detail,
+        remedy: others.remedy,
+    });
     if here.json {
         say_json(&findings)?;
         return Ok(ExitCode::SUCCESS);

@@ -9,6 +9,7 @@ mod history;
 mod run;
 mod status;
 mod stop;
+mod top;
 mod trace;
 mod update;
 
@@ -39,8 +40,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         Verb::Rollback { service } => update::rollback(&here, &service),
         Verb::Status { service } => status::status(&here, service.as_ref()),
         Verb::Stop { service, all: _ } => stop::stop(&here, service.as_ref()),
-        Verb::Trace { service, class, count, seconds } => {
-            trace::trace(&here, &trace::Filter { service, class, count, seconds })
+        Verb::Top { cost, count, seconds } => top::top(&here, &top::Wishes { cost, count, seconds }),
+        Verb::Trace { service, container, user, class, count, seconds } => {
+            trace::trace(&here, &trace::Filter { service, container, user, class, count, seconds })
         }
         Verb::Forecast { service } => forecast::forecast(&here, &service),
         Verb::History { service, phases, steps } => history::history(&here, &service, phases, steps),

@@ -12,10 +12,13 @@
 //! | `GET /v1/services/NAME/forecast` | [`ForecastAnswer`] |
 //! | `GET /v1/services/NAME/history` | `[HandoverReport]`, oldest first |
 //! | `GET /v1/services/NAME/windows?seconds=N` | `[FeatureWindow]`, oldest first |
-//! | `GET /v1/trace` | lines of [`TraceLine`] |
+//! | `GET /v1/trace?service=S&container=C&user=UID&class=A,B&seconds=N` | lines of [`TraceLine`] |
+//! | `GET /v1/live?cost=true` | lines of [`Live`], one a second |
 //! | `GET /metrics` | Prometheus text |
 //!
 //! Errors: a 4xx or 5xx status with [`ApiError`].
+
+mod live;
 
 use std::path::PathBuf;
 
@@ -24,6 +27,8 @@ pub use warmswap_forecast::{ForecastReport, LstmState};
 pub use warmswap_handover::{MemberStatus, Progress, Role};
 use warmswap_model::{DemandVector, FeatureWindow, Generation, HandoverReport, PerResource, ServiceName};
 use warmswap_policy::TunerReport;
+
+pub use live::{Container, Dropped, KernelCost, Live, LiveContainer, News, NewsKind, ProbeCost, Tool};
 
 /// File in the run folder that an agent holds locked as long as it lives.
 pub const LOCK_NAME: &str = "agent.lock";
@@ -56,6 +61,9 @@ pub struct EventAccount {
     pub consumed: u64,
     pub discarded: u64,
     pub dropped: u64,
+    /// Of those dropped: to leave room for classes of more value.
+    #[serde(default)]
+    pub shed: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -139,5 +147,8 @@ pub struct TraceLine {
     /// Known when the event belongs to a service.
     pub service: Option<ServiceName>,
     pub generation: Option<Generation>,
+    /// Known when the event belongs to a container of another tool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<Container>,
     pub event: warmswap_sensor::Event,
 }

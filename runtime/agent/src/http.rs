@@ -15,17 +15,18 @@ use serde::Serialize;
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use warmswap_handover::{Supervisor, Version};
 use warmswap_model::{ImageRef, ServiceFile, ServiceName, Trigger, with_causes};
 use warmswap_policy::{Admission, Request};
 use warmswap_sensor::{Classes, Subscription};
 
 use crate::api::{
-    AgentStatus, ApiError, EventAccount, ForecastAnswer, RunRequest, ServiceStatus, TraceLine, UpdateLine,
+    AgentStatus, ApiError, EventAccount, ForecastAnswer, NewsKind, RunRequest, ServiceStatus, TraceLine, UpdateLine,
     UpdateRequest,
 };
 use crate::conditions::AgentConditions;
+use crate::containers::Whose;
 use crate::service::{self, ServiceHandle, Update};
 use crate::shared::{AgentError, Shared};
 use crate::{lock, metrics};
@@ -52,6 +53,7 @@ pub(crate) fn router(server: Server) -> Router {
         .route("/v1/services/{name}/windows", get(windows))
         .route("/v1/stop", post(stop_all))
         .route("/v1/trace", get(trace))
+        .route("/v1/live", get(live))
         .route("/metrics", get(metrics_page))
         .fallback(|| async { Failure::from(AgentError::Refused("no such request; see `warmswap --help`".into())) })
         .with_state(server)
@@ -126,7 +128,7 @@ fn agent_status(shared: &Shared) -> AgentStatus {
     }
 }
 
-fn event_accounts(sensor: &warmswap_sensor::Sensor) -> Vec<EventAccount> {
+pub(crate) fn event_accounts(sensor: &warmswap_sensor::Sensor) -> Vec<EventAccount> {
     sensor
         .accounting()
         .classes
@@ -137,6 +139,7 @@ fn event_accounts(sensor: &warmswap_sensor::Sensor) -> Vec<EventAccount> {
             consumed: totals.consumed,
             discarded: totals.discarded,
             dropped: totals.dropped,
+            shed: totals.shed,
         })
         .collect()
 }
@@ -146,7 +149,8 @@ fn service_status(shared: &Shared, handle: &ServiceHandle) -> ServiceStatus {
     let file = lock(&handle.file).0.clone();
     let activity = lock(&handle.state).activity;
     let last = shared.observatory.windows(&handle.name, 1).pop();
-    let p99_us = last.as_ref().and_then(|window| window.request_latency.quantile_ns(0.99)).map(|ns| ns as f64 / 1e3);
+    let p99_us =
+        last.as_ref().and_then(|window| window.durations.request_latency.quantile_ns(0.99)).map(|ns| ns as f64 / 1e3);
     ServiceStatus {
         name: handle.name.clone(),
         owner: snapshot.owner,
@@ -157,9 +161,9 @@ fn service_status(shared: &Shared, handle: &ServiceHandle) -> ServiceStatus {
         activity: (activity != warmswap_policy::Activity::Serving).then(|| format!("{activity:?}").to_lowercase()),
         trouble: snapshot.trouble,
         usage: last.as_ref().map(|window| window.usage).unwrap_or_default(),
-        requests_per_s: last
-            .as_ref()
-            .map_or(0.0, |window| window.request_latency.count() as f64 * 1e3 / f64::from(window.length_ms.max(1))),
+        requests_per_s: last.as_ref().map_or(0.0, |window| {
+            window.durations.request_latency.count() as f64 * 1e3 / f64::from(window.length_ms.max(1))
+        }),
         p99_us,
         handovers: snapshot.handovers,
     }
@@ -190,6 +194,7 @@ async fn run(State(server): State<Server>, body: Bytes) -> Result<Json<ServiceSt
         let supervisor = Supervisor::start(Arc::clone(&shared.backend), conditions, file, folder, &journal)?;
         let handle = service::spawn(shared, supervisor, prepared.digest)?;
         shared.add(Arc::clone(&handle));
+        shared.live.tell(NewsKind::Came, handle.name.as_str(), "service started".into());
         Ok(service_status(shared, &handle))
     })
     .await?;
@@ -398,6 +403,9 @@ async fn trace(
     if let Some(only) = &only {
         server.shared.service(only)?;
     }
+    let user = query.get("user").map(|text| text.parse::<u32>()).transpose();
+    let user = user.map_err(|_| bad("user must be a number: the id of a user".into()))?;
+    let only = Only { service: only, container: query.get("container").cloned(), user };
     std::thread::spawn(move || {
         while until.is_none_or(|until| Instant::now() < until) {
             // A time-out, so that a reader who left is noticed while nothing happens.
@@ -407,12 +415,16 @@ async fn trace(
                 }
                 continue;
             };
-            let whose = shared.observatory.whose(event.cgroup);
-            if only.as_ref().is_some_and(|only| whose.as_ref().is_none_or(|(name, _)| name != only)) {
-                continue;
-            }
-            let (service, generation) = whose.map_or((None, None), |(name, generation)| (Some(name), generation));
-            if lines.send(TraceLine { service, generation, event }).is_err() {
+            let line = match shared.whose(event.cgroup) {
+                Some(Whose::Service(service, generation)) => {
+                    TraceLine { service: Some(service), generation, container: None, event }
+                }
+                Some(Whose::Other(container)) => {
+                    TraceLine { service: None, generation: None, container: Some(container), event }
+                }
+                None => TraceLine { service: None, generation: None, container: None, event },
+            };
+            if only.wants(&line) && lines.send(line).is_err() {
                 break;
             }
         }
@@ -420,9 +432,42 @@ async fn trace(
     Ok(stream(received))
 }
 
-/// One JSON document a line, as they come.
+/// Whose events somebody wants.
+struct Only {
+    service: Option<ServiceName>,
+    /// A name, or the beginning of an id.
+    container: Option<String>,
+    user: Option<u32>,
+}
+
+impl Only {
+    fn wants(&self, line: &TraceLine) -> bool {
+        let service = self.service.is_none() || self.service == line.service;
+        let user = self.user.is_none() || self.user == line.event.uid;
+        let container = self.container.as_ref();
+        service
+            && user
+            && container.is_none_or(|what| line.container.as_ref().is_some_and(|container| container.is(what)))
+    }
+}
+
+async fn live(State(server): State<Server>, Query(query): Query<HashMap<String, String>>) -> Result<Response, Failure> {
+    let cost = match query.get("cost").map(String::as_str) {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(_) => return Err(Failure(StatusCode::BAD_REQUEST, "cost must be true or false".into())),
+    };
+    let lines = blocking(move || Ok(server.shared.live.listen(&server.shared, cost))).await?;
+    Ok(documents(ReceiverStream::new(lines)))
+}
+
 fn stream<T: Serialize + Send + 'static>(lines: UnboundedReceiver<T>) -> Response {
-    let lines = UnboundedReceiverStream::new(lines).map(|line| {
+    documents(UnboundedReceiverStream::new(lines))
+}
+
+/// One JSON document a line, as they come.
+fn documents<T: Serialize>(lines: impl tokio_stream::Stream<Item = T> + Send + 'static) -> Response {
+    let lines = lines.map(|line| {
         let mut bytes = serde_json::to_vec(&line).unwrap_or_default();
         bytes.push(b'\n');
         Ok::<Bytes, Infallible>(bytes.into())

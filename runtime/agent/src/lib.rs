@@ -2,18 +2,22 @@
 //!
 //! ```text
 //!  svc-NAME   one thread per service: owns its supervisor, runs its handovers      (service, conditions)
-//!  tick       once a second: windows, history, forecast, triggers                  (tick, observatory)
+//!  tick       once a second: windows, history, forecast, triggers, snapshots       (tick, observatory, live)
 //!  train      SCHED_IDLE: trains the LSTM from history                             (trainer)
+//!  cgroups    containers of other tools as they come and go                        (containers)
 //!  marks      handover marks from the sensor's urgent ring                         (observatory)
 //!  tokio      the API on a unix socket                                             (http, api, metrics)
 //! ```
 //!
 //! Not here: how a handover goes (`handover`), what is decided (`policy`), what a container is (`backend`).
 
+mod alarms;
 pub mod api;
 mod clock;
 mod conditions;
+mod containers;
 mod http;
+mod live;
 mod memory_latency;
 mod metrics;
 mod observatory;
@@ -24,6 +28,7 @@ mod start;
 mod tick;
 mod trainer;
 
+pub use containers::{OtherContainers, check_other_containers};
 pub use shared::{AgentConfig, AgentError};
 pub use start::run;
 

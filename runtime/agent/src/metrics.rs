@@ -31,6 +31,14 @@ pub(crate) fn render(status: &AgentStatus) -> String {
         }
     }
     page.family(
+        "warmswap_events_shed_total",
+        "counter",
+        "Of the dropped: events that gave way to classes of more value as the ring filled.",
+    );
+    for class in &status.events {
+        page.sample("warmswap_events_shed_total", &[("class", &class.class)], class.shed as f64);
+    }
+    page.family(
         "warmswap_service_usage",
         "gauge",
         "Use in the last second: cpu %, memory MB, network Mbps, disk MB/s.",

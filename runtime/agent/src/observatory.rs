@@ -9,12 +9,14 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use warmswap_model::{
-    Blackout, CgroupId, FeatureWindow, Generation, LatencyHistogram, Measurements, PerResource, ProbeCounts,
+    Blackout, CgroupId, Durations, FeatureWindow, Generation, LatencyHistogram, Measurements, PerResource, ProbeCounts,
     ServiceName,
 };
 use warmswap_sensor::{Mark, Sensor};
 
+use crate::api::Container;
 use crate::clock::unix_ms;
+use crate::containers::{Others, Shown, Whose};
 use crate::lock;
 
 /// Slices of a service are kept this long, for "before".
@@ -52,7 +54,7 @@ struct Slice {
     from: Instant,
     to: Instant,
     counts: ProbeCounts,
-    latency: LatencyHistogram,
+    durations: Durations,
     disk_mb: f64,
 }
 
@@ -68,10 +70,49 @@ struct Watched {
     ports_unshared: Option<String>,
 }
 
+/// What one cgroup did.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Work {
+    pub(crate) counts: ProbeCounts,
+    pub(crate) latency: LatencyHistogram,
+    pub(crate) disk_mb: f64,
+    /// Over how long, when that is not the length of the snapshot, s.
+    pub(crate) seconds: Option<f64>,
+}
+
+impl Work {
+    fn add(&mut self, window: &FeatureWindow) {
+        add_work(&mut self.counts, &window.counts);
+        add_network(&mut self.counts, &window.counts);
+        self.latency.add(&window.durations.request_latency);
+        self.disk_mb += window.usage.disk * f64::from(window.length_ms) / 1e3;
+    }
+}
+
+/// What every cgroup did since the last snapshot.
+struct LiveWork {
+    since: Instant,
+    work: BTreeMap<CgroupId, Work>,
+}
+
+/// One snapshot of it.
+pub(crate) struct LiveCut {
+    pub(crate) seconds: f64,
+    /// Whether there are probes at all.
+    pub(crate) counted: bool,
+    pub(crate) work: BTreeMap<CgroupId, Work>,
+    pub(crate) others: Vec<Shown>,
+    /// Containers that have no place.
+    pub(crate) unwatched: usize,
+}
+
 struct Inner {
     sensor: Option<Sensor>,
     last_cut: Instant,
     services: BTreeMap<ServiceName, Watched>,
+    others: Others,
+    /// While somebody looks.
+    live: Option<LiveWork>,
 }
 
 pub(crate) struct Observatory {
@@ -81,7 +122,13 @@ pub(crate) struct Observatory {
 
 impl Observatory {
     pub(crate) fn new(sensor: Option<Sensor>) -> Self {
-        let inner = Inner { sensor, last_cut: Instant::now(), services: BTreeMap::new() };
+        let inner = Inner {
+            sensor,
+            last_cut: Instant::now(),
+            services: BTreeMap::new(),
+            others: Others::default(),
+            live: None,
+        };
         Self { inner: Mutex::new(inner), marks: Mutex::new(VecDeque::new()) }
     }
 
@@ -100,7 +147,7 @@ impl Observatory {
     /// Which cgroups count for a service from now on.
     pub(crate) fn watch(&self, service: &ServiceName, cgroups: Cgroups) {
         let mut inner = lock(&self.inner);
-        let Inner { sensor, services, .. } = &mut *inner;
+        let Inner { sensor, services, others, live, .. } = &mut *inner;
         let watched = services.entry(service.clone()).or_default();
         if watched.cgroups == cgroups {
             return;
@@ -114,22 +161,27 @@ impl Observatory {
             watched.ports_unshared =
                 cgroups.ground.and_then(|ground| sensor.share_ports(ground).err()).map(|error| error.to_string());
             for new in cgroups.all() {
+                if sensor.is_full() && !watched.cgroups.all().any(|old| old == new) {
+                    note(live, others.make_room(sensor));
+                }
                 if let Err(error) = sensor.watch(new) {
                     tracing::warn!("{service} is not fully watched: {error}");
                 }
             }
+            others.settle(sensor);
         }
         watched.cgroups = cgroups;
     }
 
     pub(crate) fn forget(&self, service: &ServiceName) {
         let mut inner = lock(&self.inner);
-        let Inner { sensor, services, .. } = &mut *inner;
+        let Inner { sensor, services, others, .. } = &mut *inner;
         if let (Some(watched), Some(sensor)) = (services.remove(service), sensor) {
             watched.cgroups.all().for_each(|cgroup| {
                 sensor.unwatch(cgroup);
                 sensor.unshare_ports(cgroup);
             });
+            others.settle(sensor);
         }
     }
 
@@ -147,48 +199,109 @@ impl Observatory {
         }
     }
 
-    /// The service and generation a cgroup belongs to.
-    pub(crate) fn whose(&self, cgroup: CgroupId) -> Option<(ServiceName, Option<Generation>)> {
+    /// A container of another tool has come; it is watched when there is a place.
+    pub(crate) fn come(&self, cgroup: CgroupId, container: Container) {
+        let mut inner = lock(&self.inner);
+        let Inner { sensor, others, .. } = &mut *inner;
+        others.come(sensor.as_mut(), cgroup, container);
+    }
+
+    /// It has gone; what it did last is not lost. `None` when this cgroup was no container.
+    pub(crate) fn leave(&self, cgroup: CgroupId) -> Option<Container> {
+        let mut inner = lock(&self.inner);
+        let Inner { sensor, others, live, .. } = &mut *inner;
+        let container = others.find(cgroup).cloned()?;
+        note(live, others.leave(sensor.as_mut(), cgroup, Instant::now()));
+        Some(container)
+    }
+
+    /// Somebody looks: from now on it is kept what every cgroup does.
+    pub(crate) fn begin_live(&self) {
+        let mut inner = lock(&self.inner);
+        Self::poll(&mut inner);
+        Self::poll_others(&mut inner);
+        inner.others.unseen();
+        inner.live = Some(LiveWork { since: inner.last_cut, work: BTreeMap::new() });
+    }
+
+    pub(crate) fn end_live(&self) {
+        lock(&self.inner).live = None;
+    }
+
+    /// Up to the last tick; `None` when nobody looks.
+    pub(crate) fn cut_live(&self) -> Option<LiveCut> {
+        let mut inner = lock(&self.inner);
+        inner.live.as_ref()?;
+        Self::poll_others(&mut inner);
+        let Inner { sensor, others, live, last_cut, .. } = &mut *inner;
+        let live = live.as_mut()?;
+        let since = std::mem::replace(&mut live.since, *last_cut);
+        let (shown, unwatched) = others.show();
+        Some(LiveCut {
+            seconds: last_cut.duration_since(since).as_secs_f64(),
+            counted: sensor.is_some(),
+            work: std::mem::take(&mut live.work),
+            others: shown,
+            unwatched,
+        })
+    }
+
+    /// The service and generation, or the container, that this cgroup is the outermost of.
+    pub(crate) fn whose(&self, cgroup: CgroupId) -> Option<Whose> {
         let inner = lock(&self.inner);
-        inner.services.iter().find_map(|(name, watched)| {
+        let service = inner.services.iter().find_map(|(name, watched)| {
             let generation = watched.cgroups.generations.iter().find(|(_, of)| *of == cgroup);
             match generation {
-                Some((generation, _)) => Some((name.clone(), Some(*generation))),
-                None if watched.cgroups.ground == Some(cgroup) => Some((name.clone(), None)),
+                Some((generation, _)) => Some(Whose::Service(name.clone(), Some(*generation))),
+                None if watched.cgroups.ground == Some(cgroup) => Some(Whose::Service(name.clone(), None)),
                 None => None,
             }
-        })
+        });
+        service.or_else(|| inner.others.find(cgroup).cloned().map(Whose::Other))
     }
 
     /// Reads the counts and cuts time here.
     fn poll(inner: &mut Inner) {
         let now = Instant::now();
         let from = std::mem::replace(&mut inner.last_cut, now);
-        let windows = inner.sensor.as_mut().map(Sensor::windows).unwrap_or_default();
+        let Inner { sensor, others, live, .. } = inner;
+        // What other tools started is read when somebody looks, and only then.
+        let ours = |sensor: &mut Sensor| sensor.windows_of(|cgroup| !others.has(cgroup));
+        let windows = sensor.as_mut().map(ours).unwrap_or_default();
+        if let Some(live) = live {
+            windows.iter().for_each(|window| live.work.entry(window.cgroup).or_default().add(window));
+        }
         let by_cgroup: BTreeMap<CgroupId, FeatureWindow> =
             windows.into_iter().map(|window| (window.cgroup, window)).collect();
         for watched in inner.services.values_mut() {
-            let mut slice = Slice {
-                from,
-                to: now,
-                counts: ProbeCounts::default(),
-                latency: LatencyHistogram::default(),
-                disk_mb: 0.0,
-            };
+            let mut slice =
+                Slice { from, to: now, counts: ProbeCounts::default(), durations: Durations::default(), disk_mb: 0.0 };
             if let Some(ground) = watched.cgroups.ground.and_then(|cgroup| by_cgroup.get(&cgroup)) {
                 add_network(&mut slice.counts, &ground.counts);
-                slice.latency.add(&ground.request_latency);
+                slice.durations.add(&ground.durations);
             }
             if let Some(owner) = watched.cgroups.owner.and_then(|cgroup| by_cgroup.get(&cgroup)) {
                 add_work(&mut slice.counts, &owner.counts);
                 add_network(&mut slice.counts, &owner.counts);
-                slice.latency.add(&owner.request_latency);
+                slice.durations.add(&owner.durations);
                 slice.disk_mb = owner.usage.disk * f64::from(owner.length_ms) / 1e3;
             }
             watched.slices.push_back(slice.clone());
             watched.pending.push(slice);
             while watched.slices.front().is_some_and(|first| now.duration_since(first.to) > SLICES_KEPT) {
                 watched.slices.pop_front();
+            }
+        }
+    }
+
+    /// The same for what other tools started.
+    fn poll_others(inner: &mut Inner) {
+        let Inner { sensor, others, live, .. } = inner;
+        let Some(sensor) = sensor else { return };
+        for window in sensor.windows_of(|cgroup| others.has(cgroup)) {
+            others.note(&window);
+            if let Some(live) = live {
+                live.work.entry(window.cgroup).or_default().add(&window);
             }
         }
     }
@@ -206,7 +319,8 @@ impl Observatory {
         if seconds <= 0.0 {
             return None;
         }
-        let (counts, latency, disk_mb) = sum(slices.iter().copied());
+        let (counts, durations, disk_mb) = sum(slices.iter().copied());
+        let latency = &durations.request_latency;
         let us = |q| latency.quantile_ns(q).map(|ns| ns as f64 / 1e3);
         Some(Measurements {
             seconds,
@@ -237,14 +351,14 @@ impl Observatory {
                 continue;
             };
             watched.memory_mb = memory.get(name).copied().flatten().unwrap_or(watched.memory_mb);
-            let (counts, latency, disk_mb) = sum(slices.iter());
+            let (counts, durations, disk_mb) = sum(slices.iter());
             let window = FeatureWindow {
                 cgroup,
                 end_unix_ms,
                 length_ms: (seconds * 1e3).round().clamp(1.0, f64::from(u32::MAX)) as u32,
                 usage: usage(&counts, disk_mb, watched.memory_mb, seconds),
                 counts,
-                request_latency: latency,
+                durations,
             };
             if watched.windows.len() == WINDOWS_KEPT {
                 watched.windows.pop_front();
@@ -306,20 +420,27 @@ impl Observatory {
     }
 }
 
-fn sum<'a>(slices: impl Iterator<Item = &'a Slice>) -> (ProbeCounts, LatencyHistogram, f64) {
+/// A window that ended before its time.
+fn note(live: &mut Option<LiveWork>, window: Option<FeatureWindow>) {
+    if let (Some(live), Some(window)) = (live, window) {
+        live.work.entry(window.cgroup).or_default().add(&window);
+    }
+}
+
+fn sum<'a>(slices: impl Iterator<Item = &'a Slice>) -> (ProbeCounts, Durations, f64) {
     let mut counts = ProbeCounts::default();
-    let mut latency = LatencyHistogram::default();
+    let mut durations = Durations::default();
     let mut disk_mb = 0.0;
     for slice in slices {
         add_work(&mut counts, &slice.counts);
         add_network(&mut counts, &slice.counts);
-        latency.add(&slice.latency);
+        durations.add(&slice.durations);
         disk_mb += slice.disk_mb;
     }
-    (counts, latency, disk_mb)
+    (counts, durations, disk_mb)
 }
 
-fn usage(counts: &ProbeCounts, disk_mb: f64, memory_mb: f64, seconds: f64) -> PerResource<f64> {
+pub(crate) fn usage(counts: &ProbeCounts, disk_mb: f64, memory_mb: f64, seconds: f64) -> PerResource<f64> {
     PerResource {
         cpu: counts.run_ns as f64 / 1e7 / seconds,
         memory: memory_mb,
@@ -338,6 +459,7 @@ fn add_network(to: &mut ProbeCounts, from: &ProbeCounts) {
     to.tcp_closed += from.tcp_closed;
     to.tcp_resets += from.tcp_resets;
     to.tcp_resets_received += from.tcp_resets_received;
+    to.tcp_retransmits += from.tcp_retransmits;
 }
 
 /// What is accounted to the cgroup of the process that did it.
@@ -354,7 +476,12 @@ fn add_work(to: &mut ProbeCounts, from: &ProbeCounts) {
     to.block_requests += from.block_requests;
     to.block_bytes += from.block_bytes;
     to.block_sequential += from.block_sequential;
+    to.accepts += from.accepts;
     to.tty_inputs += from.tty_inputs;
+    to.device_inputs += from.device_inputs;
+    to.orientation_changes += from.orientation_changes;
     to.run_ns += from.run_ns;
+    to.run_delay_ns += from.run_delay_ns;
     to.page_faults += from.page_faults;
+    to.major_faults += from.major_faults;
 }

@@ -16,7 +16,7 @@ use warmswap_model::{
 };
 use warmswap_policy::{Activity, Event, Outcome, Rails, ServiceState, Tuner, TunerReport, reservation};
 
-use crate::api::{Fault, UpdateLine};
+use crate::api::{Fault, NewsKind, UpdateLine};
 use crate::observatory::Cgroups;
 use crate::shared::{AgentError, Shared};
 use crate::{lock, random};
@@ -176,6 +176,7 @@ impl Actor {
         }
         self.shared.observatory.forget(&self.handle.name);
         self.shared.remove(&self.handle.name);
+        self.shared.live.tell(NewsKind::Went, self.handle.name.as_str(), "service ended".into());
         lock(&self.handle.state).on(Event::Stopped);
         tracing::info!("{} ended", self.handle.name);
     }
@@ -197,6 +198,7 @@ impl Actor {
             }
             Err(error) => {
                 tracing::error!("{}: {error}", self.handle.name);
+                self.shared.live.tell(NewsKind::Refused, self.handle.name.as_str(), format!("no handover: {error}"));
                 UpdateLine::Error(error.to_string())
             }
         };
@@ -240,7 +242,10 @@ impl Actor {
             shadow_cpus: self.shared.shadow_cpus(),
             stop_before_step,
         };
+        let began = format!("handover {} begins", plan.handover);
+        self.shared.live.tell(NewsKind::HandoverBegan, name.as_str(), began);
         let report = self.supervisor.update(&plan);
+        self.shared.live.tell(news_kind(report.verdict), name.as_str(), told(&report));
         self.handle.handovers.fetch_add(1, Ordering::Relaxed);
         let record = self.supervisor.record();
         *lock(&self.handle.file) = (record.file.clone(), record.folder.clone());
@@ -302,6 +307,22 @@ impl Actor {
             tuner: self.tuner.explain(),
         };
     }
+}
+
+const fn news_kind(verdict: Verdict) -> NewsKind {
+    match verdict {
+        Verdict::Committed => NewsKind::Committed,
+        Verdict::RolledBack | Verdict::Aborted => NewsKind::Refused,
+    }
+}
+
+/// A handover in one line.
+fn told(report: &HandoverReport) -> String {
+    let blackouts: Vec<String> = report.blackouts.iter().map(|blackout| format!("{:.0} µs", blackout.us)).collect();
+    let blackout = if blackouts.is_empty() { String::new() } else { format!(", blackout {}", blackouts.join(" and ")) };
+    let reason = report.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let HandoverReport { id, from, to, verdict, .. } = report;
+    format!("handover {id} from {from} to {to} {verdict}{blackout}{reason}")
 }
 
 pub(crate) fn cgroups(ground: CgroupId, members: &[MemberStatus]) -> Cgroups {

@@ -9,10 +9,12 @@ use warmswap_backend::{Backend, BackendError};
 use warmswap_forecast::Forecaster;
 use warmswap_handover::HandoverError;
 use warmswap_history::{BlobKind, History, HistoryError};
-use warmswap_model::{PerResource, ServiceFile, ServiceName};
+use warmswap_model::{CgroupId, PerResource, ServiceFile, ServiceName};
 use warmswap_policy::{Rails, Tuner};
 
 use crate::api::Band;
+use crate::containers::{Containers, Whose};
+use crate::live::LiveHub;
 use crate::lock;
 use crate::observatory::Observatory;
 use crate::service::ServiceHandle;
@@ -61,6 +63,8 @@ pub(crate) struct Shared {
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) history: History,
     pub(crate) observatory: Observatory,
+    pub(crate) containers: Containers,
+    pub(crate) live: LiveHub,
     pub(crate) forecaster: Mutex<Forecaster>,
     pub(crate) bands: Mutex<BTreeMap<ServiceName, Vec<Band>>>,
     pub(crate) leases: Mutex<BTreeMap<ServiceName, PerResource<f64>>>,
@@ -94,6 +98,8 @@ impl Shared {
             backend,
             history,
             observatory,
+            containers: Containers::new(),
+            live: LiveHub::default(),
             forecaster: Mutex::new(forecaster),
             bands: Mutex::default(),
             leases: Mutex::default(),
@@ -120,6 +126,11 @@ impl Shared {
 
     pub(crate) fn add(&self, handle: Arc<ServiceHandle>) {
         lock(&self.services).insert(handle.name.clone(), handle);
+    }
+
+    /// Whose a cgroup is, or the nearest one around it that is anybody's.
+    pub(crate) fn whose(&self, cgroup: CgroupId) -> Option<Whose> {
+        self.containers.lineage(cgroup).into_iter().find_map(|around| self.observatory.whose(around))
     }
 
     /// Claims a name for a service that is to be started, so that two starts of one name cannot pass each other.

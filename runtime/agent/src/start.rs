@@ -12,14 +12,14 @@ use warmswap_history::History;
 use warmswap_model::HandoverReport;
 use warmswap_sensor::{PROBE_LOG_TARGET, Sensor, SensorConfig};
 
-use crate::api::{LOCK_NAME, SOCKET_NAME};
+use crate::api::{LOCK_NAME, NewsKind, SOCKET_NAME};
 use crate::clock::unix_ms;
 use crate::conditions::AgentConditions;
 use crate::http::{self, Server};
 use crate::observatory::Observatory;
 use crate::service;
 use crate::shared::{AgentConfig, AgentError, Shared};
-use crate::{tick, trainer};
+use crate::{containers, tick, trainer};
 
 /// How long an ending agent waits for those who read its answers.
 const LAST_ANSWERS_TIME_MAX: std::time::Duration = std::time::Duration::from_secs(2);
@@ -69,6 +69,8 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     spawn("tick", Box::new(move || tick::run(&ticking, &ticks_until)))?;
     let (training, trains_until) = (Arc::clone(&shared), Arc::clone(&stop));
     spawn("train", Box::new(move || trainer::run(&training, &trains_until)))?;
+    let (following, follows_until) = (Arc::clone(&shared), Arc::clone(&stop));
+    spawn("cgroups", Box::new(move || containers::run(&following, &follows_until)))?;
     if let Some(marks) = marks {
         let (noting, notes_until) = (Arc::clone(&shared), Arc::clone(&stop));
         spawn(
@@ -85,6 +87,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
 
     let served = serve(&shared);
     stop.store(true, Ordering::Relaxed);
+    shared.containers.wake();
     for thread in threads {
         let _ = thread.join(); // a thread that panicked has said so
     }
@@ -139,6 +142,11 @@ fn take_over(shared: &Arc<Shared>) {
         match handle {
             Ok(handle) => {
                 tracing::info!("took over {}", handle.name);
+                shared.live.tell(
+                    NewsKind::Came,
+                    handle.name.as_str(),
+                    "service taken over from an earlier agent".into(),
+                );
                 shared.add(handle);
             }
             Err(error) => tracing::error!("cannot take over the service of {}: {error}", path.display()),
@@ -166,12 +174,14 @@ fn serve(shared: &Arc<Shared>) -> Result<(), AgentError> {
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
             .map_err(system("watch for SIGTERM"))?;
         let (ending, mut ends) = tokio::sync::watch::channel(false);
+        let watched = Arc::clone(shared);
         let ended = async move {
             tokio::select! {
                 () = stop.notified() => {}
                 _ = terminate.recv() => {}
                 _ = tokio::signal::ctrl_c() => {}
             }
+            watched.live.close();
             let _ = ending.send(true); // the other end lives as long as this block
         };
         // Answers that are on their way arrive; a trace that somebody reads would never end.

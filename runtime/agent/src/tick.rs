@@ -10,6 +10,7 @@ use warmswap_history::{BlobKind, Retention};
 use warmswap_model::{DemandVector, FeatureWindow, PerResource, Resource, ServiceName, Trigger};
 use warmswap_policy::{Admission, Request, TriggerInput, TriggerState, triggers};
 
+use crate::alarms::Alarms;
 use crate::api::Band;
 use crate::clock::unix_ms;
 use crate::lock;
@@ -35,6 +36,7 @@ struct Due {
 pub(crate) fn run(shared: &Arc<Shared>, stop: &AtomicBool) {
     let mut due: BTreeMap<ServiceName, Vec<Due>> = BTreeMap::new();
     let mut states: BTreeMap<ServiceName, TriggerState> = BTreeMap::new();
+    let mut alarms = Alarms::default();
     let mut next = Instant::now() + TICK;
     for count in 1_u64.. {
         while let Some(left) = next.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
@@ -47,6 +49,8 @@ pub(crate) fn run(shared: &Arc<Shared>, stop: &AtomicBool) {
         next = (next + TICK).max(Instant::now());
         let windows = shared.observatory.tick(|service| memory_mb(shared, service));
         observe(shared, &windows, &mut due);
+        alarms.look(shared, &windows);
+        shared.live.publish(shared, &windows);
         for handle in shared.services() {
             let state = states.entry(handle.name.clone()).or_insert_with(|| recall_triggers(shared, &handle.name));
             let before = state.clone();
