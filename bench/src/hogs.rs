@@ -1,16 +1,19 @@
 //! Processes that do nothing but burn CPU, at normal priority: the neighbours nobody chose.
 
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
-use nix::unistd;
+use nix::unistd::{self, Pid};
 
 use crate::process;
 
 /// Name of the hidden command that is one of them.
 pub(crate) const COMMAND: &str = "burn";
+
+const START_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Ended when dropped.
 pub(crate) struct Hogs(Vec<Child>);
@@ -20,8 +23,14 @@ impl Hogs {
         let program = std::env::current_exe()?;
         let mut hogs = Self(Vec::with_capacity(count));
         for _ in 0..count {
-            let hog = process::command(&program).arg(COMMAND).spawn().context("cannot start a CPU hog")?;
-            hogs.0.push(hog);
+            // Not `process::command`: what leads a process group cannot leave its session.
+            let hog = Command::new(&program).arg(COMMAND).stdin(Stdio::null()).spawn();
+            hogs.0.push(hog.context("cannot start a CPU hog")?);
+        }
+        for hog in &hogs.0 {
+            let pid = Pid::from_raw(i32::try_from(hog.id())?);
+            let burns = process::within(START_TIME_MAX, || (unistd::getsid(Some(pid)) == Ok(pid)).then_some(()));
+            ensure!(burns.is_some(), "a CPU hog has no session of its own after {START_TIME_MAX:?}: it does not run");
         }
         Ok(hogs)
     }

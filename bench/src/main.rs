@@ -11,7 +11,9 @@ mod handover;
 mod hogs;
 mod host;
 mod interrupt;
+mod line;
 mod peers;
+mod probes;
 mod process;
 mod progress;
 mod rows;
@@ -40,9 +42,14 @@ enum Suite {
     Handover(Options),
     /// State and signals to another process, beside copying them and beside iceoryx2.
     Transfer(Options),
+    /// What the probes cost whom they watch and who listens to them, and what they lose, beside bpftrace and libbpf-tools.
+    Probes(probes::Options),
     /// The other process of `transfer`.
     #[command(name = transfer::receiver::COMMAND, hide = true)]
     Receive,
+    /// The process that is watched in `probes`.
+    #[command(name = probes::worker::COMMAND, hide = true)]
+    Work,
     /// A process that burns CPU, for the suites' own use.
     #[command(name = hogs::COMMAND, hide = true)]
     Burn,
@@ -77,12 +84,14 @@ fn run(args: Args) -> Result<ExitCode> {
     match args.suite {
         Suite::Handover(options) => measure("handover", &options, handover::run),
         Suite::Transfer(options) => measure("transfer", &options, transfer::run),
+        Suite::Probes(options) => measure("probes", &options.common, |_, _| probes::run(&options)),
+        Suite::Work => probes::worker::run().map(|()| ExitCode::SUCCESS),
         Suite::Receive => transfer::receiver::run().map(|()| ExitCode::SUCCESS),
         Suite::Burn => match hogs::burn()? {},
     }
 }
 
-fn measure(suite: &str, options: &Options, run: fn(&Path, bool) -> Result<Outcome>) -> Result<ExitCode> {
+fn measure(suite: &str, options: &Options, run: impl FnOnce(&Path, bool) -> Result<Outcome>) -> Result<ExitCode> {
     interrupt::install()?;
     let programs = match &options.programs {
         Some(folder) => folder.clone(),

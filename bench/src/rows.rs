@@ -19,6 +19,12 @@ pub(crate) struct Row {
     /// First and third quartile, for a median.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) spread: Option<[f64; 2]>,
+    /// Within these lies the value with 95 % confidence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) interval: Option<[f64; 2]>,
+    /// What is claimed: the value is no more than this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) at_most: Option<f64>,
     pub(crate) peer: Option<String>,
     pub(crate) peer_value: Option<f64>,
     /// Of `value` to `peer_value`, from paired runs.
@@ -41,6 +47,8 @@ impl Row {
             unit,
             n,
             spread: None,
+            interval: None,
+            at_most: None,
             peer: None,
             peer_value: None,
             ratio: None,
@@ -52,6 +60,14 @@ impl Row {
 
     pub(crate) fn spread(self, spread: Option<[f64; 2]>) -> Self {
         Self { spread, ..self }
+    }
+
+    pub(crate) fn interval(self, interval: Option<[f64; 2]>) -> Self {
+        Self { interval, ..self }
+    }
+
+    pub(crate) fn at_most(self, target: f64) -> Self {
+        Self { at_most: Some(target), ..self }
     }
 
     pub(crate) fn beside(self, peer: &str, peer_value: Option<f64>, ratio: Option<f64>) -> Self {
@@ -98,9 +114,24 @@ pub(crate) fn table(rows: &[Row]) -> String {
     };
     write_line(&lines[0], "");
     for (line, row) in lines[1..].iter().zip(rows) {
-        write_line(line, row.reason.as_deref().or(row.note.as_deref()).unwrap_or(""));
+        write_line(line, &remark(row));
     }
     text
+}
+
+/// Why there is no value; or how sure it is, whether it is what is claimed, and where the time went.
+fn remark(row: &Row) -> String {
+    if let Some(reason) = &row.reason {
+        return reason.clone();
+    }
+    let sure = row.interval.map(|[low, high]| format!("95 %: {}…{}", plain(low), plain(high)));
+    let claimed = row.value.zip(row.at_most).map(|(value, target)| match value - target {
+        over if over <= 0.0 => format!("target ≤ {}: met", plain(target)),
+        // Of zero there are no percents.
+        over if target == 0.0 => format!("target 0: MISSED by {}", plain(over)),
+        over => format!("target ≤ {}: MISSED by {} ({:.0} %)", plain(target), plain(over), 100.0 * over / target),
+    });
+    [sure, claimed, row.note.clone()].into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 const COLUMNS: usize = 9;
@@ -152,6 +183,15 @@ mod tests {
         assert_eq!(place(lines[2], "peer"), place(lines[3], "other peer"));
         assert!(lines[1].contains("1…20.250") && lines[2].ends_with("0.500"), "{table}");
         assert!(lines[3].contains('–') && lines[3].ends_with("it is not installed"), "{table}");
+    }
+
+    #[test]
+    fn a_target_that_is_missed_says_by_how_much() {
+        let row = |value, target| Row::new("a", Some(value), "", 9, &Conditions::new()).at_most(target);
+        assert_eq!(remark(&row(0.2, 0.25)), "target ≤ 0.250: met");
+        assert_eq!(remark(&row(0.5, 0.25)), "target ≤ 0.250: MISSED by 0.250 (100 %)");
+        let row = row(3.0, 0.0).interval(Some([2.0, 4.0])).note(Some("why".into()));
+        assert_eq!(remark(&row), "95 %: 2…4; target 0: MISSED by 3; why");
     }
 
     #[test]

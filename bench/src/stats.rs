@@ -34,10 +34,14 @@ pub(crate) fn median_interval(values: &[f64]) -> Option<[f64; 2]> {
     Some([sorted[low], sorted[high]])
 }
 
-/// Median of `ours[i] / theirs[i]`: what both saw at the same time cancels. `None` when nothing can be divided.
+/// `ours[i] / theirs[i]`, where that can be divided: what both saw at the same time cancels.
+pub(crate) fn ratios(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
+    ours.iter().zip(theirs).filter(|(_, theirs)| **theirs > 0.0).map(|(a, b)| a / b).collect()
+}
+
+/// The median of [`ratios`]. `None` when nothing can be divided.
 pub(crate) fn paired_ratio(ours: &[f64], theirs: &[f64]) -> Option<f64> {
-    let ratios: Vec<f64> = ours.iter().zip(theirs).filter(|(_, theirs)| **theirs > 0.0).map(|(a, b)| a / b).collect();
-    median(&ratios)
+    median(&ratios(ours, theirs))
 }
 
 /// One round of alternating measurements: some of a small state around one of a large state.

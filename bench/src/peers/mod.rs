@@ -83,7 +83,7 @@ fn answering(peer: Box<dyn Peer>) -> Result<Box<dyn Peer>> {
 }
 
 /// Finds the program of a peer.
-fn installed(program: &str, package: &str) -> Result<PathBuf> {
+pub(crate) fn installed(program: &str, package: &str) -> Result<PathBuf> {
     let found = process::find(program);
     found.ok_or_else(|| anyhow::anyhow!("{program} is not installed: `apt-get install {package}` installs it"))
 }

@@ -1,0 +1,236 @@
+//! By how much work is slower that is watched by all probes.
+//!
+//! ```text
+//!  cycle:  off │ attach │ on │ on │ detach │ off      on over off, by CPU time; drift that is linear cancels
+//! ```
+//!
+//! One CPU does the work and nothing else, so CPU time is what the work costs whatever else the host does; client and server
+//! share it, so what the kernel does between them is in it too. A short piece of work after each change is not counted.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+
+use super::jobs::{PIECE_BYTES, PIECES};
+use super::tools::{COUNT_BY_CGROUP, EXECSNOOP, OPENSNOOP, Tool};
+use super::worker::{Task, Took, Worker};
+use super::{Ground, ours, reason};
+use crate::interrupt;
+use crate::process;
+use crate::progress::Progress;
+use crate::rows::{Conditions, Row};
+use crate::stats::{median, median_interval, quartiles};
+
+const TARGET: f64 = 1.01;
+const WARM_UP_SHARE: f64 = 0.1;
+/// Its client takes some milliseconds to begin, which are no requests.
+const REDIS_BLOCKS: f64 = 2.0;
+
+/// How many cycles with our probes and with a peer, and how long a block is.
+#[derive(Clone, Copy)]
+struct Plan {
+    ours: usize,
+    peers: usize,
+    block_ns: f64,
+}
+
+const QUICK: Plan = Plan { ours: 6, peers: 0, block_ns: 50e6 };
+const WHOLE: Plan = Plan { ours: 40, peers: 12, block_ns: 120e6 };
+
+impl Plan {
+    const fn of(quick: bool) -> Self {
+        if quick { QUICK } else { WHOLE }
+    }
+}
+
+/// Work that comes in any amount.
+struct Job {
+    id: &'static str,
+    conditions: Conditions,
+    /// So much of it.
+    task: Box<dyn Fn(u32) -> Task>,
+    peers: &'static [&'static Tool],
+}
+
+pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
+    let _placed = ground.keep_off()?;
+    let (name, program) = ["busybox", "true"]
+        .into_iter()
+        .find_map(|name| Some((name, process::find(name)?)))
+        .context("neither busybox nor true is there to be started")?;
+    let mut conditions = Conditions::new();
+    conditions.insert("program".into(), json!(name));
+    let job = Job {
+        id: "probes.exec_slowdown",
+        conditions,
+        task: Box::new(move |count| Task::Programs { program: program.clone(), count }),
+        peers: &[&EXECSNOOP],
+    };
+    measure(ground, &job, None, Plan::of(quick))
+}
+
+pub(super) fn files(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
+    let _placed = ground.keep_off()?;
+    let mut rows = Vec::new();
+    let folders = [("tmpfs", PathBuf::from("/dev/shm")), ("disk", ground.folder.clone())];
+    for (on, folder) in folders.into_iter().take(if quick { 1 } else { 2 }) {
+        let mut conditions = Conditions::new();
+        conditions.insert("on".into(), json!(on));
+        conditions.insert("pieces".into(), json!(2 * PIECES));
+        conditions.insert("bytes".into(), json!(PIECE_BYTES));
+        let job = Job {
+            id: "probes.file_slowdown",
+            conditions,
+            task: Box::new(move |rounds| Task::Files { folder: folder.clone(), rounds }),
+            peers: &[&OPENSNOOP],
+        };
+        rows.extend(measure(ground, &job, None, Plan::of(quick))?);
+    }
+    Ok(rows)
+}
+
+/// The server takes part in each job of its own worker.
+pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
+    let _placed = ground.keep_off()?;
+    let plan = Plan::of(quick);
+    let plan = Plan { block_ns: REDIS_BLOCKS * plan.block_ns, ..plan };
+    const ID: &str = "probes.redis_slowdown";
+    let mut rows = Vec::new();
+    let programs = || -> Result<_> {
+        let client = crate::peers::installed("redis-benchmark", "redis-tools")?;
+        // redis-tools has the server too, under another name; it looks at the one it is called by.
+        let server = process::find("redis-server").or_else(|| process::find("redis-check-rdb"));
+        Ok((server.context("redis-server is not installed: `apt-get install redis-tools` installs it")?, client))
+    };
+    let (server, client) = match programs() {
+        Ok(programs) => programs,
+        Err(error) => return Ok(vec![Row::unmeasured(ID, "×", &reason(&error), &Conditions::new())]),
+    };
+    for &pipelined in if quick { &[1][..] } else { &[1, 16] } {
+        let mut worker = ground.worker()?;
+        let port = crate::host::free_port()?.port();
+        let arguments =
+            format!("--port {port} --bind 127.0.0.1 --appendonly no --dir {} --save", ground.folder.display());
+        let arguments = arguments.split(' ').map(str::to_owned).chain([String::new()]).collect();
+        worker.work(&Task::Serve { program: server.clone(), name: "redis-server".to_owned(), arguments })?;
+        let listens = process::within(std::time::Duration::from_secs(5), || {
+            std::net::TcpStream::connect(("127.0.0.1", port)).ok()
+        });
+        listens.context("redis-server does not listen")?;
+        let mut conditions = Conditions::new();
+        conditions.insert("pipelined".into(), json!(pipelined));
+        let program = client.clone();
+        let job = Job {
+            id: ID,
+            conditions,
+            task: Box::new(move |requests| {
+                // Each of SET and GET.
+                let count = (requests.div_ceil(2)).to_string();
+                let (port, pipelined) = (port.to_string(), pipelined.to_string());
+                let arguments = ["-p", &port, "-q", "-t", "set,get", "-c", "50", "-P", &pipelined, "-n", &count];
+                Task::Ask { program: program.clone(), arguments: arguments.map(str::to_owned).into() }
+            }),
+            peers: &[&COUNT_BY_CGROUP],
+        };
+        rows.extend(measure(ground, &job, Some(&mut worker), plan)?);
+    }
+    Ok(rows)
+}
+
+/// Off, on, on, off.
+struct Cycle([Took; 4]);
+
+impl Cycle {
+    fn ratio(&self, of: fn(&Took) -> f64) -> f64 {
+        let [off, on, on_too, off_too] = &self.0;
+        (of(on) + of(on_too)) / (of(off) + of(off_too))
+    }
+}
+
+fn measure(ground: &Ground, job: &Job, worker: Option<&mut Worker>, plan: Plan) -> Result<Vec<Row>> {
+    let mut own = None;
+    let worker = match worker {
+        Some(worker) => worker,
+        None => own.insert(ground.worker()?),
+    };
+    let mut progress = Progress::begin(format_args!("{} {:?}", job.id, job.conditions));
+    let count = amount(worker, job, plan.block_ns)?;
+    let mut cycles = Vec::with_capacity(plan.ours);
+    for cycle in 0..plan.ours {
+        cycles.push(one_cycle(worker, job, count, || ours::attach(ground, true))?);
+        progress.at(format_args!("{} of {} cycles", cycle + 1, plan.ours));
+    }
+    let ours = Row::new(job.id, None, "×", cycles.len(), &job.conditions);
+    let (ours, value) = filled(ours, &cycles, count);
+    let mut rows = vec![ours.at_most(TARGET)];
+    for tool in if plan.peers == 0 { &[] } else { job.peers } {
+        let mut theirs = Vec::with_capacity(plan.peers);
+        let failed = loop {
+            if theirs.len() == plan.peers {
+                break None;
+            }
+            match one_cycle(worker, job, count, || tool.attach()) {
+                Ok(cycle) => theirs.push(cycle),
+                Err(error) if error.is::<interrupt::Interrupted>() => return Err(error),
+                Err(error) => break Some(reason(&error)),
+            }
+            progress.at(format_args!("{}: {} of {} cycles", tool.name, theirs.len(), plan.peers));
+        };
+        rows.push(match failed {
+            Some(reason) => Row::left_out(job.id, "×", tool.name, &reason, &job.conditions),
+            None => {
+                let id = format!("{}_peer", job.id);
+                let row = filled(Row::new(&id, None, "×", theirs.len(), &job.conditions), &theirs, count);
+                let peer_value = row.0.value;
+                Row { value, ..row.0 }.beside(tool.name, peer_value, None)
+            }
+        });
+    }
+    Ok(rows)
+}
+
+fn filled(row: Row, cycles: &[Cycle], count: u32) -> (Row, Option<f64>) {
+    let ratios = |of| cycles.iter().map(|cycle| cycle.ratio(of)).collect::<Vec<f64>>();
+    let (by_cpu, by_wall) = (ratios(|took| took.cpu_ns), ratios(|took| took.wall_ns));
+    let off = |cycle: &Cycle| f64::midpoint(cycle.0[0].cpu_ns, cycle.0[3].cpu_ns) / f64::from(count);
+    let each = median(&cycles.iter().map(off).collect::<Vec<_>>()).unwrap_or(0.0);
+    let note = format!("off: {:.1} µs each; by the clock {:.4}", each / 1e3, median(&by_wall).unwrap_or(0.0));
+    let value = median(&by_cpu);
+    let row = Row { value, ..row }.spread(quartiles(&by_cpu)).interval(median_interval(&by_cpu)).note(Some(note));
+    (row, value)
+}
+
+/// How much of it fills a block.
+fn amount(worker: &mut Worker, job: &Job, block_ns: f64) -> Result<u32> {
+    let mut count = 64;
+    loop {
+        let took = worker.work(&(job.task)(count))?;
+        if took.wall_ns > block_ns / 8.0 {
+            return Ok((f64::from(count) * block_ns / took.wall_ns).ceil() as u32);
+        }
+        if count > u32::MAX / 8 {
+            bail!("{} takes no time", job.id);
+        }
+        count *= 4;
+    }
+}
+
+fn one_cycle<Attached>(
+    worker: &mut Worker,
+    job: &Job,
+    count: u32,
+    attach: impl FnOnce() -> Result<Attached>,
+) -> Result<Cycle> {
+    interrupt::check()?;
+    let warm_up = (job.task)((f64::from(count) * WARM_UP_SHARE).ceil() as u32);
+    let task = (job.task)(count);
+    worker.work(&warm_up)?;
+    let off = worker.work(&task)?;
+    let attached = attach()?;
+    worker.work(&warm_up)?;
+    let (on, on_too) = (worker.work(&task)?, worker.work(&task)?);
+    drop(attached);
+    worker.work(&warm_up)?;
+    Ok(Cycle([off, on, on_too, worker.work(&task)?]))
+}
