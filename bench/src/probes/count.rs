@@ -19,7 +19,7 @@ use super::worker::{Task, Worker};
 use crate::interrupt;
 use crate::progress::Progress;
 use crate::rows::{Conditions, Row};
-use crate::stats::{median, median_interval, quartiles, ratios};
+use crate::stats::{median, median_interval, paired_ratio, quartiles, ratios};
 
 const ADDED: &str = "probes.count_ns";
 /// What a program adds that does nothing.
@@ -117,6 +117,7 @@ fn rows(added: &[Vec<f64>; ALL.len()], absent: &[Option<String>; ALL.len()], alo
     let middle = |values: &[f64]| median(values).unwrap_or(0.0);
     let bare = format!("the call alone takes {:.0} ns", middle(alone));
     let mine = &added[0];
+    let least = ALL.iter().position(|who| *who == Who::Nothing).map_or(&[] as &[f64], |which| added[which].as_slice());
     let value = |id: &str, values: &[f64], unit, conditions: &Conditions| {
         Row::new(id, median(values), unit, values.len(), conditions)
             .spread(quartiles(values))
@@ -135,7 +136,10 @@ fn rows(added: &[Vec<f64>; ALL.len()], absent: &[Option<String>; ALL.len()], alo
             (Who::Theirs(tool), Some(reason)) => Row::left_out(BESIDE, "×", tool.name, reason, &conditions),
             (Who::Theirs(tool), None) => {
                 let ratios = ratios(mine, values);
-                let note = format!("peer value: ns added; ours {:.1}", middle(mine));
+                let mut note = format!("peer value: ns added; ours {:.1}", middle(mine));
+                if let Some(above) = above(mine, values, least) {
+                    note += &format!("; of what each adds to the kernel's own price {above:.3}");
+                }
                 let row = value(BESIDE, &ratios, "×", &conditions);
                 let row = row.beside(tool.name, median(values), median(&ratios)).note(Some(note));
                 // The claim is about the simplest thing to say.
@@ -144,4 +148,21 @@ fn rows(added: &[Vec<f64>; ALL.len()], absent: &[Option<String>; ALL.len()], alo
         }
     };
     ALL.into_iter().enumerate().map(row).collect()
+}
+
+/// The median of ours by theirs, each without what a program costs that does nothing.
+fn above(ours: &[f64], theirs: &[f64], least: &[f64]) -> Option<f64> {
+    let without = |values: &[f64]| values.iter().zip(least).map(|(value, least)| value - least).collect::<Vec<_>>();
+    paired_ratio(&without(ours), &without(theirs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_everybody_pays_is_left_out() {
+        assert_eq!(above(&[140.0, 145.0], &[180.0, 185.0], &[100.0, 105.0]), Some(0.5));
+        assert_eq!(above(&[140.0], &[180.0], &[]), None, "nothing is known of it");
+    }
 }

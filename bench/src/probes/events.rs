@@ -53,7 +53,8 @@ const RATES: [Option<u32>; 6] = [Some(100_000), Some(200_000), Some(400_000), So
 const LOSS_MIN: f64 = 0.01;
 const LOSS_TIMES: usize = 3;
 const LOSS_S: f64 = 0.3;
-const HOGS: usize = 2;
+/// So many that a reader who is nobody special has to wait.
+const HOGS: usize = 8;
 
 const CATCH_UP_TIME_MAX: Duration = Duration::from_secs(10);
 

@@ -50,7 +50,7 @@ struct Job {
     conditions: Conditions,
     /// So much of it.
     task: Box<dyn Fn(u32) -> Task>,
-    peers: &'static [&'static Tool],
+    peer: &'static Tool,
 }
 
 pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
@@ -65,7 +65,7 @@ pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
         id: "probes.exec_slowdown",
         conditions,
         task: Box::new(move |count| Task::Programs { program: program.clone(), count }),
-        peers: &[&EXECSNOOP],
+        peer: &EXECSNOOP,
     };
     measure(ground, &job, None, Plan::of(quick))
 }
@@ -83,7 +83,7 @@ pub(super) fn files(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
             id: "probes.file_slowdown",
             conditions,
             task: Box::new(move |rounds| Task::Files { folder: folder.clone(), rounds }),
-            peers: &[&OPENSNOOP],
+            peer: &OPENSNOOP,
         };
         rows.extend(measure(ground, &job, None, Plan::of(quick))?);
     }
@@ -131,7 +131,7 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
                 let arguments = ["-p", &port, "-q", "-t", "set,get", "-c", "50", "-P", &pipelined, "-n", &count];
                 Task::Ask { program: program.clone(), arguments: arguments.map(str::to_owned).into() }
             }),
-            peers: &[&COUNT_BY_CGROUP],
+            peer: &COUNT_BY_CGROUP,
         };
         rows.extend(measure(ground, &job, Some(&mut worker), plan)?);
     }
@@ -154,51 +154,53 @@ fn measure(ground: &Ground, job: &Job, worker: Option<&mut Worker>, plan: Plan) 
         Some(worker) => worker,
         None => own.insert(ground.worker()?),
     };
-    let mut progress = Progress::begin(format_args!("{} {:?}", job.id, job.conditions));
+    let conditions = job.conditions.iter().map(|(key, value)| format!(" {key}={value}")).collect::<String>();
+    let mut progress = Progress::begin(format_args!("{}{conditions}", job.id));
     let count = amount(worker, job, plan.block_ns)?;
     let mut cycles = Vec::with_capacity(plan.ours);
     for cycle in 0..plan.ours {
         cycles.push(one_cycle(worker, job, count, || ours::attach(ground, true))?);
         progress.at(format_args!("{} of {} cycles", cycle + 1, plan.ours));
     }
-    let ours = Row::new(job.id, None, "×", cycles.len(), &job.conditions);
-    let (ours, value) = filled(ours, &cycles, count);
-    let mut rows = vec![ours.at_most(TARGET)];
-    for tool in if plan.peers == 0 { &[] } else { job.peers } {
-        let mut theirs = Vec::with_capacity(plan.peers);
-        let failed = loop {
-            if theirs.len() == plan.peers {
-                break None;
-            }
-            match one_cycle(worker, job, count, || tool.attach()) {
-                Ok(cycle) => theirs.push(cycle),
-                Err(error) if error.is::<interrupt::Interrupted>() => return Err(error),
-                Err(error) => break Some(reason(&error)),
-            }
-            progress.at(format_args!("{}: {} of {} cycles", tool.name, theirs.len(), plan.peers));
-        };
-        rows.push(match failed {
-            Some(reason) => Row::left_out(job.id, "×", tool.name, &reason, &job.conditions),
-            None => {
-                let id = format!("{}_peer", job.id);
-                let row = filled(Row::new(&id, None, "×", theirs.len(), &job.conditions), &theirs, count);
-                let peer_value = row.0.value;
-                Row { value, ..row.0 }.beside(tool.name, peer_value, None)
-            }
-        });
+    let ours = filled(Row::new(job.id, None, "×", cycles.len(), &job.conditions), &cycles, count).at_most(TARGET);
+    if plan.peers == 0 {
+        return Ok(vec![ours]);
     }
-    Ok(rows)
+    let (id, peer) = (format!("{}_peer", job.id), job.peer.name);
+    match under(job.peer, worker, job, count, plan.peers, &mut progress) {
+        Ok(theirs) => {
+            let row = filled(Row::new(&id, None, "×", theirs.len(), &job.conditions), &theirs, count);
+            let note = row.note.as_ref().map(|note| format!("{peer}; {note}"));
+            Ok(vec![ours.beside(peer, row.value, None), row.note(note)])
+        }
+        Err(error) if error.is::<interrupt::Interrupted>() => Err(error),
+        Err(error) => Ok(vec![ours, Row::left_out(&id, "×", peer, &reason(&error), &job.conditions)]),
+    }
 }
 
-fn filled(row: Row, cycles: &[Cycle], count: u32) -> (Row, Option<f64>) {
+fn under(
+    tool: &Tool,
+    worker: &mut Worker,
+    job: &Job,
+    count: u32,
+    cycles: usize,
+    progress: &mut Progress,
+) -> Result<Vec<Cycle>> {
+    let mut done = Vec::with_capacity(cycles);
+    while done.len() < cycles {
+        done.push(one_cycle(worker, job, count, || tool.attach())?);
+        progress.at(format_args!("{}: {} of {cycles} cycles", tool.name, done.len()));
+    }
+    Ok(done)
+}
+
+fn filled(row: Row, cycles: &[Cycle], count: u32) -> Row {
     let ratios = |of| cycles.iter().map(|cycle| cycle.ratio(of)).collect::<Vec<f64>>();
     let (by_cpu, by_wall) = (ratios(|took| took.cpu_ns), ratios(|took| took.wall_ns));
     let off = |cycle: &Cycle| f64::midpoint(cycle.0[0].cpu_ns, cycle.0[3].cpu_ns) / f64::from(count);
     let each = median(&cycles.iter().map(off).collect::<Vec<_>>()).unwrap_or(0.0);
     let note = format!("off: {:.1} µs each; by the clock {:.4}", each / 1e3, median(&by_wall).unwrap_or(0.0));
-    let value = median(&by_cpu);
-    let row = Row { value, ..row }.spread(quartiles(&by_cpu)).interval(median_interval(&by_cpu)).note(Some(note));
-    (row, value)
+    Row { value: median(&by_cpu), ..row }.spread(quartiles(&by_cpu)).interval(median_interval(&by_cpu)).note(Some(note))
 }
 
 /// How much of it fills a block.

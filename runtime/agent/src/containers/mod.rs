@@ -2,7 +2,7 @@
 //!
 //! A container's cgroup, and whatever it makes below, is one container; one inside another counts for itself, and not for
 //! the outer one. On hybrid hosts the tools that know v1 only leave their processes in the root of v2: these cannot be
-//! told from the host's own (`warmswap check` says so). runc makes a v2 group there too, so those of Docker are seen.
+//! told from the host's own (`warmswap check` says so). runc 1.1 makes a v2 group there too.
 
 mod check;
 mod others;
