@@ -89,8 +89,8 @@ pub enum Class {
     Oom = 6,
     /// A handover mark. `args[0]`: mark << 32 | generation; `args[1]`: handover id.
     Mark = 7,
-    /// A reader of an input device was told that the screen turns, or may. `args[0]`: type << 16 | code as in
-    /// `linux/input-event-codes.h`; `args[1]`: value.
+    /// A reader of an input device was told that the screen turns, or may. `args[0]`: how often in one read << 32 | type << 16 |
+    /// code, as in `linux/input-event-codes.h`, of the last time; `args[1]`: its value.
     Orientation = 8,
 }
 

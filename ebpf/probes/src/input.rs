@@ -49,10 +49,11 @@ pub(crate) fn source(regs: Registers, bytes: u64, owner: Owner) -> Option<Source
     Some(source)
 }
 
-/// How many of the events in the buffer of a `read` turn the screen; sends each.
+/// How many of the events in the buffer of a `read` turn the screen; sends the last of them, with their number. Not each as it
+/// is found: the verifier goes through everything inside a loop anew for each of its rounds.
 #[inline(never)]
 pub(crate) fn turns(buffer: u64, bytes: u64, cgroup: u64, slot: u32) -> u64 {
-    let mut turns = 0;
+    let (mut turns, mut last) = (0_u64, [0_u32; 2]);
     for at in 0..EVENTS_READ_MAX {
         if (at + 1) * INPUT_EVENT_BYTES > bytes {
             break;
@@ -60,15 +61,17 @@ pub(crate) fn turns(buffer: u64, bytes: u64, cgroup: u64, slot: u32) -> u64 {
         let event = buffer.wrapping_add(at * INPUT_EVENT_BYTES + INPUT_EVENT_TYPE);
         // SAFETY: the helper checks the address; plain integers.
         let Ok([kind_and_code, value]) = (unsafe { bpf_probe_read_user(event as *const [u32; 2]) }) else { break };
-        let (kind, code) = (kind_and_code & 0xffff, kind_and_code >> 16);
-        if is_turn(kind, code, value) {
+        if is_turn(kind_and_code & 0xffff, kind_and_code >> 16, value) {
             turns += 1;
-            let owner = Owner { cgroup, slot };
-            if wanted(Class::Orientation, owner, Context::Process) {
-                let what = u64::from((kind << 16) | code);
-                emit(Class::Orientation, owner, Context::Process, [what, u64::from(value)]);
-            }
+            last = [kind_and_code, value];
         }
+    }
+    let [kind_and_code, value] = last;
+    let owner = Owner { cgroup, slot };
+    // No turn has type and code 0.
+    if kind_and_code != 0 && wanted(Class::Orientation, owner, Context::Process) {
+        let what = u64::from(((kind_and_code & 0xffff) << 16) | (kind_and_code >> 16));
+        emit(Class::Orientation, owner, Context::Process, [(turns << 32) | what, u64::from(value)]);
     }
     turns
 }

@@ -75,8 +75,8 @@ pub enum Detail {
     Oom { victim: u32 },
     /// A handover mark.
     Mark { mark: u32, handover: u64, generation: u32 },
-    /// A reader of an input device was told that the screen turns.
-    Orientation { cause: Turn, value: i32 },
+    /// A reader of an input device was told that the screen turns, so many times in one read; the last of them.
+    Orientation { cause: Turn, value: i32, times: u32 },
 }
 
 /// What turns the screen.
@@ -237,7 +237,8 @@ impl Event {
             Class::Oom => Detail::Oom { victim: first as u32 },
             Class::Mark => Detail::Mark { mark: (first >> 32) as u32, handover: second, generation: first as u32 },
             Class::Orientation => {
-                Detail::Orientation { cause: Turn::of(first >> 16, first & 0xffff), value: second as i32 }
+                let cause = Turn::of((first >> 16) & 0xffff, first & 0xffff);
+                Detail::Orientation { cause, value: second as i32, times: (first >> 32) as u32 }
             }
         };
         Some(Self {
@@ -321,7 +322,10 @@ impl fmt::Display for Event {
             Detail::Mark { mark, handover, generation } => {
                 write!(f, "mark {mark} of handover {handover}, generation {generation}")
             }
-            Detail::Orientation { cause, value } => write!(f, "{} {value}", cause.in_words()),
+            Detail::Orientation { cause, value, times: 1 } => write!(f, "{} {value}", cause.in_words()),
+            Detail::Orientation { cause, value, times } => {
+                write!(f, "{} {value}, the last of {times}", cause.in_words())
+            }
         }
     }
 }

@@ -18,8 +18,9 @@ pub(crate) const PACKAGES: [&str; 5] =
 /// would take the better part of an hour: faults, hostile containers and connections by the thousand, updates under load
 /// of programs of Debian and of other languages (which are not in the virtual machine), and models that touch nothing but
 /// memory of their own.
-const HERE_ONLY: [&str; 11] = [
+const HERE_ONLY: [&str; 12] = [
     "connections",
+    "endurance",
     "faults",
     "foreign",
     "heap",
@@ -38,11 +39,12 @@ const KERNEL: &str = "6.1";
 const TIME_MAX: Duration = Duration::from_secs(25 * 60);
 
 /// Programs of this host that tests use, and where they go. redis-server is another name of redis-check-rdb.
-const HOST_PROGRAMS: [(&str, &str); 4] = [
+const HOST_PROGRAMS: [(&str, &str); 5] = [
     ("/usr/bin/redis-cli", "/usr/bin/redis-cli"),
     ("/usr/bin/redis-benchmark", "/usr/bin/redis-benchmark"),
     ("/usr/bin/redis-check-rdb", "/usr/bin/redis-server"),
     ("/usr/sbin/ip", "/usr/sbin/ip"),
+    ("/usr/sbin/runc", "/usr/sbin/runc"),
 ];
 
 pub(super) fn run(built: &Built, wanted: &dyn Fn(&str) -> bool, summary: &mut Summary) -> Result<()> {

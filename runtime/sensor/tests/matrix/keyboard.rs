@@ -99,8 +99,8 @@ fn act(sensor: &mut Sensor, report: &mut Report, device: &str, kinds: &[Kind], t
     count!(report, "input", counts.device_inputs == got.reads);
     count!(report, "orientation", counts.orientation_changes == turns);
     let events = stage.events();
-    let told = events.iter().filter(|event| matches!(event.detail, Detail::Orientation { .. })).count();
-    report.events("orientation", Class::Orientation, turns, told as u64);
+    let told = events.iter().map(|event| if let Detail::Orientation { times, .. } = event.detail { times } else { 0 });
+    report.events("orientation", Class::Orientation, turns, told.map(u64::from).sum());
     let lengths: Vec<u64> = events
         .iter()
         .filter_map(|event| match event.detail {
