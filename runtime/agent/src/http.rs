@@ -415,15 +415,12 @@ async fn trace(
                 }
                 continue;
             };
-            let line = match shared.whose(event.cgroup) {
-                Some(Whose::Service(service, generation)) => {
-                    TraceLine { service: Some(service), generation, container: None, event }
-                }
-                Some(Whose::Other(container)) => {
-                    TraceLine { service: None, generation: None, container: Some(container), event }
-                }
-                None => TraceLine { service: None, generation: None, container: None, event },
+            let (service, generation, container) = match shared.whose(event.cgroup) {
+                Some(Whose::Service(service, generation)) => (Some(service), generation, None),
+                Some(Whose::Other(container)) => (None, None, Some(container)),
+                None => (None, None, None),
             };
+            let line = TraceLine { service, generation, container, event };
             if only.wants(&line) && lines.send(line).is_err() {
                 break;
             }

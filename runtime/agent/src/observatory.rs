@@ -82,8 +82,7 @@ pub(crate) struct Work {
 
 impl Work {
     fn add(&mut self, window: &FeatureWindow) {
-        add_work(&mut self.counts, &window.counts);
-        add_network(&mut self.counts, &window.counts);
+        add_all(&mut self.counts, &window.counts);
         self.latency.add(&window.durations.request_latency);
         self.disk_mb += window.usage.disk * f64::from(window.length_ms) / 1e3;
     }
@@ -281,8 +280,7 @@ impl Observatory {
                 slice.durations.add(&ground.durations);
             }
             if let Some(owner) = watched.cgroups.owner.and_then(|cgroup| by_cgroup.get(&cgroup)) {
-                add_work(&mut slice.counts, &owner.counts);
-                add_network(&mut slice.counts, &owner.counts);
+                add_all(&mut slice.counts, &owner.counts);
                 slice.durations.add(&owner.durations);
                 slice.disk_mb = owner.usage.disk * f64::from(owner.length_ms) / 1e3;
             }
@@ -432,8 +430,7 @@ fn sum<'a>(slices: impl Iterator<Item = &'a Slice>) -> (ProbeCounts, Durations, 
     let mut durations = Durations::default();
     let mut disk_mb = 0.0;
     for slice in slices {
-        add_work(&mut counts, &slice.counts);
-        add_network(&mut counts, &slice.counts);
+        add_all(&mut counts, &slice.counts);
         durations.add(&slice.durations);
         disk_mb += slice.disk_mb;
     }
@@ -447,6 +444,11 @@ pub(crate) fn usage(counts: &ProbeCounts, disk_mb: f64, memory_mb: f64, seconds:
         network: (counts.rx_bytes + counts.tx_bytes) as f64 * 8.0 / 1e6 / seconds,
         disk: disk_mb / seconds,
     }
+}
+
+fn add_all(to: &mut ProbeCounts, from: &ProbeCounts) {
+    add_work(to, from);
+    add_network(to, from);
 }
 
 /// What is accounted to the cgroup that owns the socket.
