@@ -1,32 +1,30 @@
-//! What counting adds to a system call.
+//! What counting adds to a system call, and to a switch from one task to another.
 //!
 //! ```text
 //!  round:  alone │ warmswap │ alone │ count() │ alone │ … │ alone        (in another order each round)
 //! ```
 //!
 //! What somebody adds is his block minus the mean of the blocks around it; what he costs beside another, the ratio of what
-//! both added in the same round.
+//! both added in the same round. The calls are reads, because those are what is counted; ours are counted by the kernel and
+//! taken over at switches, so what a call does not pay is looked for there.
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use warmswap_model::ProbeCounts;
 
 use super::Ground;
 use super::floor::{self, Floor};
-use super::jobs::CALLS_PER_BATCH;
+use super::jobs::{CALLS_PER_BATCH, SWITCHES_PER_BATCH};
 use super::ours;
-use super::tools::{COUNT, COUNT_BY_CGROUP, Tool};
+use super::tools::{COUNT, COUNT_BY_CGROUP, COUNT_SWITCHES, Tool};
 use super::worker::{Task, Worker};
 use crate::interrupt;
 use crate::progress::Progress;
 use crate::rows::{Conditions, Row};
-use crate::stats::{median, median_interval, paired_ratio, quartiles, ratios};
+use crate::stats::{median, median_interval, quartiles, ratios};
 
-const ADDED: &str = "probes.count_ns";
 /// What a program adds that does nothing.
 const LEAST: &str = "probes.count_floor_ns";
-const BESIDE: &str = "probes.count_ns_vs_bpftrace";
-const TARGET: f64 = 0.25;
-const COUNTING: &str = "system-calls";
 
 const BATCHES: u32 = 200;
 const WARM_UP_BATCHES: u32 = 20;
@@ -36,133 +34,169 @@ const ROUNDS_WHOLE: usize = 40;
 /// Who looks on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Who {
-    Ours { watched: bool },
+    Ours {
+        watched: bool,
+    },
     Theirs(&'static Tool),
+    /// At the end of system calls.
     Nothing,
 }
 
-const ALL: [Who; 5] = [
-    Who::Ours { watched: true },
-    Who::Theirs(&COUNT),
-    Who::Theirs(&COUNT_BY_CGROUP),
-    Who::Nothing,
-    Who::Ours { watched: false },
+/// What is done that costs more when somebody looks on.
+struct Work {
+    what: &'static str,
+    added: &'static str,
+    beside: &'static str,
+    /// Of the ratio to the first peer, who does the simplest thing that can be done.
+    target: Option<f64>,
+    task: fn(u32) -> Task,
+    per_batch: u32,
+    /// The probe that counts it, and what it has counted.
+    probe: &'static str,
+    counted: fn(&ProbeCounts) -> u64,
+    /// Ours first.
+    everybody: &'static [Who],
+}
+
+const WORKS: [Work; 2] = [
+    Work {
+        what: "a system call",
+        added: "probes.count_ns",
+        beside: "probes.count_ns_vs_bpftrace",
+        target: Some(0.25),
+        task: |batches| Task::SystemCalls { batches },
+        per_batch: CALLS_PER_BATCH,
+        probe: "file-bytes",
+        counted: |counts| counts.reads,
+        everybody: &[
+            Who::Ours { watched: true },
+            Who::Theirs(&COUNT),
+            Who::Theirs(&COUNT_BY_CGROUP),
+            Who::Nothing,
+            Who::Ours { watched: false },
+        ],
+    },
+    Work {
+        what: "a switch",
+        added: "probes.switch_ns",
+        beside: "probes.switch_ns_vs_bpftrace",
+        target: None,
+        task: |batches| Task::Switches { batches },
+        per_batch: SWITCHES_PER_BATCH,
+        probe: "run-time",
+        // Each goes with a read.
+        counted: |counts| counts.reads,
+        everybody: &[Who::Ours { watched: true }, Who::Theirs(&COUNT_SWITCHES), Who::Ours { watched: false }],
+    },
 ];
 
 pub(super) fn run(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
     let _placed = ground.keep_off()?;
     let rounds = if quick { ROUNDS_QUICK } else { ROUNDS_WHOLE };
-    let mut progress = Progress::begin("what counting adds to a system call");
-    let mut worker = ground.worker()?;
-    let mut added: [Vec<f64>; ALL.len()] = Default::default();
-    let mut alone = Vec::new();
-    // Who cannot be had is left out.
-    let mut absent: [Option<String>; ALL.len()] = Default::default();
-    let mut before = block(&mut worker)?;
-    for round in 0..rounds {
-        for place in 0..ALL.len() {
-            let which = (place + round) % ALL.len();
-            if absent[which].is_some() {
-                continue;
-            }
-            interrupt::check()?;
-            let during = match observed(ALL[which], ground, &mut worker) {
-                Err(error) if ALL[which] != ALL[0] && !error.is::<interrupt::Interrupted>() => {
-                    absent[which] = Some(super::reason(&error));
-                    continue;
-                }
-                during => during?,
-            };
-            let after = block(&mut worker)?;
-            added[which].push(during - f64::midpoint(before, after));
-            alone.push(after);
-            before = after;
-        }
-        progress.at(format_args!("{} of {rounds} rounds", round + 1));
+    let mut rows = Vec::new();
+    for work in &WORKS {
+        rows.extend(work.measure(ground, rounds)?);
     }
-    Ok(rows(&added, &absent, &alone))
+    Ok(rows)
 }
 
-fn block(worker: &mut Worker) -> Result<f64> {
-    worker.work(&Task::SystemCalls { batches: WARM_UP_BATCHES })?;
-    Ok(worker.work(&Task::SystemCalls { batches: BATCHES })?.each_ns)
-}
+/// ns added by one of those who look on, or why he could not be had.
+type Added = std::result::Result<Vec<f64>, String>;
 
-fn observed(who: Who, ground: &Ground, worker: &mut Worker) -> Result<f64> {
-    let calls = u64::from((BATCHES + WARM_UP_BATCHES) * CALLS_PER_BATCH);
-    match who {
-        Who::Ours { watched } => {
-            let mut sensor = ours::attach(ground, watched)?;
-            let during = block(worker)?;
-            let counted = sensor.windows().first().map_or(0, |window| window.counts.syscalls);
-            let whole = watched && !ground.without.iter().any(|probe| probe == COUNTING);
-            ensure!(!whole || counted >= calls, "warmswap counted {counted} of {calls} system calls");
-            Ok(during)
+impl Work {
+    fn measure(&self, ground: &Ground, rounds: usize) -> Result<Vec<Row>> {
+        let mut progress = Progress::begin(format_args!("what counting adds to {}", self.what));
+        let mut worker = ground.worker()?;
+        let mut added: Vec<Added> = self.everybody.iter().map(|_| Ok(Vec::with_capacity(rounds))).collect();
+        let mut alone = Vec::new();
+        let mut before = self.block(&mut worker)?;
+        for round in 0..rounds {
+            for place in 0..added.len() {
+                let which = (place + round) % added.len();
+                let Ok(values) = &mut added[which] else { continue };
+                interrupt::check()?;
+                let during = match self.observed(self.everybody[which], ground, &mut worker) {
+                    Err(error) if which != 0 && !error.is::<interrupt::Interrupted>() => {
+                        added[which] = Err(super::reason(&error));
+                        continue;
+                    }
+                    during => during?,
+                };
+                let after = self.block(&mut worker)?;
+                values.push(during - f64::midpoint(before, after));
+                alone.push(after);
+                before = after;
+            }
+            progress.at(format_args!("{} of {rounds} rounds", round + 1));
         }
-        Who::Theirs(tool) => {
-            let attached = tool.attach()?;
-            let during = block(worker)?;
-            let counted = attached.end()?.counted();
-            ensure!(counted >= calls, "{} counted {counted} of {calls} system calls", tool.name);
-            Ok(during)
-        }
-        Who::Nothing => {
-            let _floor = Floor::attach()?;
-            block(worker)
+        Ok(self.rows(&added, &alone))
+    }
+
+    fn block(&self, worker: &mut Worker) -> Result<f64> {
+        worker.work(&(self.task)(WARM_UP_BATCHES))?;
+        Ok(worker.work(&(self.task)(BATCHES))?.each_ns)
+    }
+
+    fn observed(&self, who: Who, ground: &Ground, worker: &mut Worker) -> Result<f64> {
+        let done = u64::from((BATCHES + WARM_UP_BATCHES) * self.per_batch);
+        match who {
+            Who::Ours { watched } => {
+                let mut sensor = ours::attach(ground, watched)?;
+                let during = self.block(worker)?;
+                let counted = sensor.windows().first().map_or(0, |window| (self.counted)(&window.counts));
+                let whole = watched && !ground.without.iter().any(|probe| probe == self.probe);
+                ensure!(!whole || counted >= done, "warmswap counted {counted} of {done}");
+                Ok(during)
+            }
+            Who::Theirs(tool) => {
+                let attached = tool.attach()?;
+                let during = self.block(worker)?;
+                let counted = attached.end()?.counted();
+                ensure!(counted >= done, "{} counted {counted} of {done}", tool.name);
+                Ok(during)
+            }
+            Who::Nothing => {
+                let _floor = Floor::attach()?;
+                self.block(worker)
+            }
         }
     }
-}
 
-fn rows(added: &[Vec<f64>; ALL.len()], absent: &[Option<String>; ALL.len()], alone: &[f64]) -> Vec<Row> {
-    let middle = |values: &[f64]| median(values).unwrap_or(0.0);
-    let bare = format!("the call alone takes {:.0} ns", middle(alone));
-    let mine = &added[0];
-    let least = ALL.iter().position(|who| *who == Who::Nothing).map_or(&[] as &[f64], |which| added[which].as_slice());
-    let value = |id: &str, values: &[f64], unit, conditions: &Conditions| {
-        Row::new(id, median(values), unit, values.len(), conditions)
-            .spread(quartiles(values))
-            .interval(median_interval(values))
-    };
-    let row = |(which, who): (usize, Who)| {
-        let mut conditions = Conditions::new();
-        let values = &added[which];
-        match (who, &absent[which]) {
-            (Who::Ours { watched }, _) => {
-                conditions.insert("watched".into(), json!(watched));
-                value(ADDED, values, "ns", &conditions).note(Some(bare.clone()))
-            }
-            (Who::Nothing, Some(reason)) => Row::unmeasured(LEAST, "ns", reason, &conditions),
-            (Who::Nothing, None) => value(LEAST, values, "ns", &conditions).note(Some(floor::NAME.to_owned())),
-            (Who::Theirs(tool), Some(reason)) => Row::left_out(BESIDE, "×", tool.name, reason, &conditions),
-            (Who::Theirs(tool), None) => {
-                let ratios = ratios(mine, values);
-                let mut note = format!("peer value: ns added; ours {:.1}", middle(mine));
-                if let Some(above) = above(mine, values, least) {
-                    note += &format!("; of what each adds to the kernel's own price {above:.3}");
+    fn rows(&self, added: &[Added], alone: &[f64]) -> Vec<Row> {
+        let middle = |values: &[f64]| median(values).unwrap_or(0.0);
+        let bare = format!("{} alone takes {:.0} ns", self.what, middle(alone));
+        let mine = added.first().and_then(|added| added.as_deref().ok()).unwrap_or_default();
+        let value = |id: &str, values: &[f64], unit, conditions: &Conditions| {
+            Row::new(id, median(values), unit, values.len(), conditions)
+                .spread(quartiles(values))
+                .interval(median_interval(values))
+        };
+        let row = |(which, who): (usize, &Who)| {
+            let mut conditions = Conditions::new();
+            match (who, &added[which]) {
+                (Who::Ours { watched }, values) => {
+                    conditions.insert("watched".into(), json!(watched));
+                    let values = values.as_deref().unwrap_or_default();
+                    value(self.added, values, "ns", &conditions).note(Some(bare.clone()))
                 }
-                let row = value(BESIDE, &ratios, "×", &conditions);
-                let row = row.beside(tool.name, median(values), median(&ratios)).note(Some(note));
-                // The claim is about the simplest thing to say.
-                if tool == &COUNT { row.at_most(TARGET) } else { row }
+                (Who::Nothing, Err(reason)) => Row::unmeasured(LEAST, "ns", reason, &conditions),
+                (Who::Nothing, Ok(values)) => {
+                    value(LEAST, values, "ns", &conditions).note(Some(floor::NAME.to_owned()))
+                }
+                (Who::Theirs(tool), Err(reason)) => Row::left_out(self.beside, "×", tool.name, reason, &conditions),
+                (Who::Theirs(tool), Ok(values)) => {
+                    let ratios = ratios(mine, values);
+                    let note = format!("peer value: ns added; ours {:.1}", middle(mine));
+                    let row = value(self.beside, &ratios, "×", &conditions);
+                    let row = row.beside(tool.name, median(values), median(&ratios)).note(Some(note));
+                    match self.target {
+                        // The claim is about the simplest thing to say.
+                        Some(target) if which == 1 => row.at_most(target),
+                        _ => row,
+                    }
+                }
             }
-        }
-    };
-    ALL.into_iter().enumerate().map(row).collect()
-}
-
-/// The median of ours by theirs, each without what a program costs that does nothing.
-fn above(ours: &[f64], theirs: &[f64], least: &[f64]) -> Option<f64> {
-    let without = |values: &[f64]| values.iter().zip(least).map(|(value, least)| value - least).collect::<Vec<_>>();
-    paired_ratio(&without(ours), &without(theirs))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_everybody_pays_is_left_out() {
-        assert_eq!(above(&[140.0, 145.0], &[180.0, 185.0], &[100.0, 105.0]), Some(0.5));
-        assert_eq!(above(&[140.0], &[180.0], &[]), None, "nothing is known of it");
+        };
+        self.everybody.iter().enumerate().map(row).collect()
     }
 }

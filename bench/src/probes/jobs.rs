@@ -1,6 +1,7 @@
 //! What the watched process does, and what that takes it.
 
 use std::fs::OpenOptions;
+use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
@@ -23,6 +24,8 @@ use crate::process;
 use crate::stats::median;
 
 pub(super) const CALLS_PER_BATCH: u32 = 1000;
+/// Of one to another; as many go back.
+pub(super) const SWITCHES_PER_BATCH: u32 = 400;
 
 /// Pieces that are written to and read from a file between opening and closing it.
 pub(super) const PIECES: usize = 4;
@@ -63,19 +66,52 @@ pub(super) fn timed(server: Option<&Server>, job: impl FnOnce() -> Result<()>) -
     Ok(Took { wall_ns, cpu_ns: after - before, each_ns: 0.0 })
 }
 
+/// Reads of a byte.
 pub(super) fn system_calls(batches: u32) -> Result<Took> {
-    let mut each = Vec::with_capacity(batches as usize);
+    let zeros = std::fs::File::open("/dev/zero")?;
+    in_batches(batches, CALLS_PER_BATCH, || {
+        let mut byte = [1];
+        for _ in 0..CALLS_PER_BATCH {
+            (&zeros).read_exact(&mut byte)?;
+        }
+        Ok(())
+    })
+}
+
+/// Two threads that hand a byte back and forth; the CPU is the same for both.
+pub(super) fn switches(batches: u32) -> Result<Took> {
+    let ((mut from, mut back), (mut here, mut there)) = (std::io::pipe()?, std::io::pipe()?);
+    let other = std::thread::spawn(move || -> std::io::Result<()> {
+        let mut byte = [0];
+        while here.read(&mut byte)? != 0 {
+            back.write_all(&byte)?;
+        }
+        Ok(())
+    });
+    let took = in_batches(batches, SWITCHES_PER_BATCH, || {
+        let mut byte = [1];
+        for _ in 0..SWITCHES_PER_BATCH / 2 {
+            there.write_all(&byte)?;
+            from.read_exact(&mut byte)?;
+        }
+        Ok(())
+    });
+    drop(there);
+    other.join().map_err(|_| anyhow::anyhow!("the other thread panicked"))??;
+    took
+}
+
+fn in_batches(batches: u32, each: u32, mut batch: impl FnMut() -> Result<()>) -> Result<Took> {
+    let mut took_ns = Vec::with_capacity(batches as usize);
     let took = timed(None, || {
         for _ in 0..batches {
             let began = Instant::now();
-            for _ in 0..CALLS_PER_BATCH {
-                std::hint::black_box(nix::unistd::getppid());
-            }
-            each.push(began.elapsed().as_nanos() as f64 / f64::from(CALLS_PER_BATCH));
+            batch()?;
+            took_ns.push(began.elapsed().as_nanos() as f64 / f64::from(each));
         }
         Ok(())
     })?;
-    Ok(Took { each_ns: median(&each).unwrap_or(0.0), ..took })
+    Ok(Took { each_ns: median(&took_ns).unwrap_or(0.0), ..took })
 }
 
 pub(super) fn programs(program: &Path, count: u32) -> Result<()> {

@@ -56,6 +56,11 @@ pub(super) const COUNT_BY_CGROUP: Tool = Tool {
     arguments: &["-e", "tracepoint:raw_syscalls:sys_exit { @[cgroup] = count(); }"],
     ..COUNT
 };
+pub(super) const COUNT_SWITCHES: Tool = Tool {
+    name: "bpftrace count() of switches",
+    arguments: &["-e", "tracepoint:sched:sched_switch { @ = count(); }"],
+    ..COUNT
+};
 /// What our record of this event has in it.
 pub(super) const PRINT_STATES: Tool = Tool {
     name: "bpftrace printf()",

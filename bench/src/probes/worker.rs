@@ -32,6 +32,10 @@ pub(super) enum Task {
     SystemCalls {
         batches: u32,
     },
+    /// Switches from one thread to another, in batches.
+    Switches {
+        batches: u32,
+    },
     /// Starts this program and waits for its end, so often.
     Programs {
         program: PathBuf,
@@ -72,7 +76,7 @@ pub(super) struct Took {
     pub(super) wall_ns: f64,
     /// Of the process, of its children that have ended meanwhile, and of its server; of [`Task::States`] without the pauses.
     pub(super) cpu_ns: f64,
-    /// One system call, the median of the batches; 0 for other tasks.
+    /// One system call or switch, the median of the batches; 0 for other tasks.
     pub(super) each_ns: f64,
 }
 
@@ -94,6 +98,8 @@ impl Worker {
         let child = process::command(&std::env::current_exe()?)
             .arg(COMMAND)
             .stdout(Stdio::from(OwnedFd::from(its_line)))
+            // Not a terminal that we may run in: who has one open can read input, which costs more to watch. It says what fails.
+            .stderr(Stdio::null())
             .spawn()
             .context("cannot start the process that is watched")?;
         let worker = Self { child, line: Line::new(line)? };
@@ -133,6 +139,7 @@ pub(crate) fn run() -> Result<()> {
             Task::End => return Ok(()),
             Task::StayOn { cpu } => cpus::stay_on(cpu).map(|()| Took::default()),
             Task::SystemCalls { batches } => jobs::system_calls(batches),
+            Task::Switches { batches } => jobs::switches(batches),
             Task::Programs { program, count } => jobs::timed(None, || jobs::programs(&program, count)),
             Task::Files { folder, rounds } => jobs::timed(None, || jobs::files(&folder, rounds)),
             Task::States { count, per_s } => jobs::states(count, per_s),

@@ -19,8 +19,14 @@ pub struct Layout {
     pub task_mm: u32,
     pub mm_arg_start: u32,
     pub task_start_time: u32,
+    pub task_run_time: u32,
     pub task_run_delay: u32,
+    pub task_minor_faults: u32,
     pub task_major_faults: u32,
+    pub task_reads: u32,
+    pub task_writes: u32,
+    pub task_read_bytes: u32,
+    pub task_write_bytes: u32,
     pub task_cred: u32,
     pub cred_uid: u32,
     pub signal_tty: u32,
@@ -79,8 +85,14 @@ impl Layout {
         task_mm: OFFSET_MISSING,
         mm_arg_start: OFFSET_MISSING,
         task_start_time: OFFSET_MISSING,
+        task_run_time: OFFSET_MISSING,
         task_run_delay: OFFSET_MISSING,
+        task_minor_faults: OFFSET_MISSING,
         task_major_faults: OFFSET_MISSING,
+        task_reads: OFFSET_MISSING,
+        task_writes: OFFSET_MISSING,
+        task_read_bytes: OFFSET_MISSING,
+        task_write_bytes: OFFSET_MISSING,
         task_cred: OFFSET_MISSING,
         cred_uid: OFFSET_MISSING,
         signal_tty: OFFSET_MISSING,
@@ -125,7 +137,7 @@ impl Layout {
     };
 }
 
-/// System-call numbers from here on are only counted.
+/// System-call numbers from here on mean nothing to the probes.
 pub const SYSCALL_TABLE: usize = 512;
 
 /// What a system call means to the probes; the table from number to kind is filled by the sensor, whose libc knows the
@@ -136,12 +148,8 @@ pub enum SyscallKind {
     Other = 0,
     /// Returns bytes read from the descriptor in the first argument to the buffer in the second.
     Read = 1,
-    /// Returns bytes written to the descriptor in the first argument.
-    Write = 2,
+    /// Returns bytes read from the descriptor in the first argument to several buffers.
+    ReadVector = 2,
     /// May be a handover mark.
     Prctl = 3,
-    /// Returns a connection that waited on a listening socket.
-    Accept = 4,
-    /// Returns bytes read from the descriptor in the first argument to several buffers.
-    ReadVector = 5,
 }

@@ -27,6 +27,7 @@ pub mod map {
     pub const HISTOGRAMS: &str = "HISTOGRAMS";
     /// `cpu` → [`crate::Running`].
     pub const RUNNING: &str = "RUNNING";
+    pub const CHARGED: &str = "CHARGED";
     /// `cpu * CACHE_LANES + lane` → [`crate::CacheWord`].
     pub const CACHE: &str = "CACHE";
     /// cgroup id → slot.
@@ -200,7 +201,6 @@ pub struct ExecRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct Counters {
-    pub syscalls: u64,
     pub reads: u64,
     pub read_bytes: u64,
     pub writes: u64,
@@ -229,7 +229,7 @@ pub struct Counters {
     pub accepts: u64,
     pub device_inputs: u64,
     pub orientation_changes: u64,
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 4],
 }
 
 /// What is kept as a histogram per slot. Discriminants are array indices.
@@ -261,19 +261,37 @@ pub struct Histogram {
     pub buckets: [u64; BUCKETS],
 }
 
-/// Who runs on a CPU, written at every switch, so that a process that never gives up its CPU is charged too.
-/// The probe writes `slot = 0`, then `since_ns`, then `slot`; a reader that sees the same `since_ns` before and after
-/// reading `slot` has a pair that belongs together.
+/// Who runs on a CPU, written at every switch, so that what it has counted can be asked for while it runs.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct Running {
-    pub since_ns: u64,
     pub slot: u64,
-    /// What the task had waited for a CPU in all its life, and its major faults, before this turn.
-    pub run_delay_ns: u64,
-    pub major_faults: u64,
-    pub reserved: [u64; 4],
+    /// The address of its `task_struct`.
+    pub task: u64,
+    pub reserved: [u64; 6],
 }
+
+/// Up to where a task's own counters are charged to a slot; see `probes::schedule`. The probe writes `task = 0` first and
+/// `task` last. Counters whose growth in one turn is small are kept modulo 2³².
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Charged {
+    /// The address of its `task_struct`; 0 when nothing is known.
+    pub task: u64,
+    pub pid: u32,
+    pub slot: u32,
+    pub run_ns: u64,
+    pub run_delay_ns: u64,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    pub reads: u32,
+    pub writes: u32,
+    pub minor_faults: u32,
+    pub major_faults: u32,
+}
+
+/// Places for [`Charged`], by process id modulo this.
+pub const CHARGED_TASKS: u32 = 1 << 14;
 
 /// What user space tells the probes while they run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -285,6 +303,8 @@ pub struct Control {
     pub classes: u64,
     /// 1: send events of every cgroup; 0: of watched ones only. Urgent classes are sent from everywhere.
     pub everywhere: u64,
+    /// 1: handover marks are looked for at the end of system calls, because this kernel shows them nowhere else.
+    pub marks_at_exit: u64,
 }
 
 /// Kernel side of the accounting: what a probe wanted to send, and what was not sent for want of room in the ring.
@@ -297,15 +317,51 @@ pub struct ClassAccount {
     pub shed: u64,
 }
 
+/// What a person may act on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InputDevice {
+    /// What a person or a supervisor types into.
+    Terminal,
+    /// evdev and the like.
+    Device,
+}
+
+impl InputDevice {
+    /// By the numbers of a character device. Not `/dev/ptmx` (5:2): what is read there is the output of the program on the
+    /// other side.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(major: u32, minor: u32) -> Option<Self> {
+        const TTY: u32 = 4;
+        const TTY_AUXILIARY: u32 = 5;
+        const PTMX_MINOR: u32 = 2;
+        const INPUT: u32 = 13;
+        const PTY_FIRST: u32 = 136;
+        const PTY_LAST: u32 = 143;
+        const SERIAL_LOW_DENSITY: u32 = 204;
+        const HYPERVISOR_CONSOLE: u32 = 229;
+        if major == INPUT {
+            return Some(Self::Device);
+        }
+        let terminal = major == TTY
+            || (major == TTY_AUXILIARY && minor != PTMX_MINOR)
+            || (major >= PTY_FIRST && major <= PTY_LAST)
+            || major == SERIAL_LOW_DENSITY
+            || major == HYPERVISOR_CONSOLE;
+        if terminal { Some(Self::Terminal) } else { None }
+    }
+}
+
 /// Cached words per CPU: one lane per kind of context, so that an interrupting program does not fight for the word
-/// of the program it interrupted. One cache line per CPU.
-pub const CACHE_LANES: u32 = 8;
+/// of the program it interrupted. Two cache lines per CPU, the second for switches alone, which go from one cgroup to another.
+pub const CACHE_LANES: u32 = 16;
 pub const LANE_SYSCALL: u32 = 0;
-pub const LANE_SWITCH: u32 = 1;
-pub const LANE_INGRESS: u32 = 2;
-pub const LANE_EGRESS: u32 = 3;
-pub const LANE_FAULT: u32 = 4;
-pub const LANE_OTHER: u32 = 5;
+pub const LANE_INGRESS: u32 = 1;
+pub const LANE_EGRESS: u32 = 2;
+pub const LANE_OTHER: u32 = 3;
+/// The first of [`LANES_SWITCH`], by cgroup id.
+pub const LANE_SWITCH: u32 = 8;
+pub const LANES_SWITCH: u32 = 8;
 
 /// Highest number of slots: what fits a [`CacheWord`].
 pub const SLOTS_MAX: u32 = 1 << 12;
@@ -344,7 +400,8 @@ const _: () = {
     assert!(size_of::<Counters>() == 256);
     assert!(SLOTS_MAX <= 1 << u16::BITS);
     assert!(size_of::<Running>() == 64);
-    assert!(size_of::<Control>() == 24);
+    assert!(size_of::<Charged>() == 64);
+    assert!(size_of::<Control>() == 32);
     assert!(size_of::<ClassAccount>() == 24);
     assert!(size_of::<Histogram>() == BUCKETS * 8);
 };

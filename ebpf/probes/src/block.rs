@@ -6,7 +6,7 @@
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{Distribution, LANE_OTHER, OFFSET_MISSING};
+use warmswap_events::{Distribution, LANE_OTHER};
 
 use crate::emit::now_ns;
 use crate::maps::{BLOCK_ISSUED, BLOCK_NEXT, WATCHED_BLOCK, add_shared, counters, cpu, layout, record};
@@ -89,9 +89,6 @@ pub(crate) fn block_complete(ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 fn charged_to(request: u64) -> Option<u32> {
-    if layout!(bio_blkg) == OFFSET_MISSING || layout!(blkg_blkcg) == OFFSET_MISSING {
-        return None;
-    }
     let bio = read::pointer(request, layout!(request_bio))?;
     let blkg = read::pointer(bio, layout!(bio_blkg))?;
     let blkcg = read::pointer(blkg, layout!(blkg_blkcg))?;

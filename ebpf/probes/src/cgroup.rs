@@ -8,7 +8,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{
     bpf_get_current_cgroup_id, bpf_get_current_task, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
 };
-use warmswap_events::{CACHE_LANES, CacheWord, LANE_OTHER, OFFSET_MISSING};
+use warmswap_events::{CACHE_LANES, CacheWord, LANE_OTHER, LANE_SWITCH, LANES_SWITCH};
 
 use crate::maps::{CACHE, CONTROL, WATCHED, layout};
 use crate::{read, trouble};
@@ -91,7 +91,7 @@ pub(crate) fn of_current(cpu: u32, lane: u32) -> Owner {
     let cgroup = unsafe { bpf_get_current_cgroup_id() };
     let slot = cached(cpu, lane, cgroup, || {
         let slot = watched(cgroup);
-        if slot != 0 || layout!(cgroup_parent_css) == OFFSET_MISSING {
+        if slot != 0 {
             return slot;
         }
         // SAFETY: the helper has no preconditions.
@@ -109,9 +109,23 @@ pub(crate) fn of_task(cpu: u32, lane: u32, task: u64) -> Owner {
     }
 }
 
-/// Of a task whose type the verifier knows.
+/// Each lane of switches is for some cgroups, so that a switch back and forth finds both.
 #[inline(always)]
-pub(crate) fn of_typed_task(cpu: u32, lane: u32, task: u64) -> Owner {
+fn switch_lane(cgroup: u64) -> u32 {
+    LANE_SWITCH + cgroup as u32 % LANES_SWITCH
+}
+
+/// The slot of a task that leaves or gets a CPU.
+#[inline(always)]
+pub(crate) fn of_switched_task(cpu: u32, task: u64) -> u32 {
+    let Some(cgroup) = cgroup_of_task(task) else { return 0 };
+    let Some(id) = id_of(cgroup) else { return 0 };
+    cached(cpu, switch_lane(id), id, || search(cgroup))
+}
+
+/// The same of a task whose type the verifier knows.
+#[inline(always)]
+pub(crate) fn of_typed_task(cpu: u32, task: u64) -> u32 {
     /// A word at a typed pointer; the checks for null are for the verifier, which knows which may be.
     #[inline(always)]
     fn word(base: u64, offset: u32) -> Option<u64> {
@@ -127,8 +141,8 @@ pub(crate) fn of_typed_task(cpu: u32, lane: u32, task: u64) -> Owner {
         Some((id, cgroup))
     };
     match find() {
-        Some((id, cgroup)) => Owner { cgroup: id, slot: cached(cpu, lane, id, || search(cgroup)) },
-        None => Owner { cgroup: 0, slot: 0 },
+        Some((id, cgroup)) => cached(cpu, switch_lane(id), id, || search(cgroup)),
+        None => 0,
     }
 }
 

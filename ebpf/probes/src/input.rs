@@ -6,19 +6,13 @@
 
 use aya_ebpf::helpers::bpf_probe_read_user;
 use aya_ebpf::helpers::generated::bpf_get_current_task;
-use warmswap_events::{Class, OFFSET_MISSING};
+use warmswap_events::{Class, InputDevice};
 
 use crate::cgroup::Owner;
 use crate::emit::{Context, emit, wanted};
 use crate::maps::layout;
 use crate::read;
-use crate::syscall::{Registers, argument};
-
-pub(crate) enum Source {
-    Terminal,
-    /// Of evdev and the like.
-    Device,
-}
+use crate::syscall::Registers;
 
 /// `struct input_event` on 64-bit kernels; evdev returns whole ones.
 const INPUT_EVENT_BYTES: u64 = 24;
@@ -31,18 +25,15 @@ const EVENTS_READ_MAX: u64 = 64;
 /// memory, so reads that cannot be input are told apart first: terminals are standard descriptors or belong to a
 /// process with a controlling terminal, and evdev returns multiples of 24 bytes.
 #[inline(always)]
-pub(crate) fn source(regs: Registers, bytes: u64, owner: Owner) -> Option<Source> {
-    if layout!(inode_rdev) == OFFSET_MISSING || layout!(signal_tty) == OFFSET_MISSING {
-        return None;
-    }
-    let fd = argument(regs, layout!(regs_arg[0]))?;
+pub(crate) fn source(regs: Registers, bytes: u64, owner: Owner) -> Option<InputDevice> {
+    let fd = regs.at(layout!(regs_arg[0]))?;
     // SAFETY: the helper has no preconditions.
     let task = unsafe { bpf_get_current_task() };
     if fd > 2 && bytes % INPUT_EVENT_BYTES != 0 && !has_terminal(task) {
         return None;
     }
     let device = character_device(task, fd as u32)?;
-    let source = source_of(device)?;
+    let source = InputDevice::of(device >> 20, device & 0xf_ffff)?;
     if wanted(Class::Input, owner, Context::Process) {
         emit(Class::Input, owner, Context::Process, [u64::from(device), bytes]);
     }
@@ -111,28 +102,4 @@ fn character_device(task: u64, fd: u32) -> Option<u32> {
         return None;
     }
     read::at(inode, layout!(inode_rdev))
-}
-
-/// Terminals that a person or a supervisor types into, and evdev. Not `/dev/ptmx` (5:2): what is read there is the
-/// output of the program on the other side.
-#[inline(always)]
-fn source_of(device: u32) -> Option<Source> {
-    const TTY: u32 = 4;
-    const TTY_AUXILIARY: u32 = 5;
-    const PTMX_MINOR: u32 = 2;
-    const INPUT: u32 = 13;
-    const PTY_FIRST: u32 = 136;
-    const PTY_LAST: u32 = 143;
-    const SERIAL_LOW_DENSITY: u32 = 204;
-    const HYPERVISOR_CONSOLE: u32 = 229;
-    let (major, minor) = (device >> 20, device & 0xf_ffff);
-    if major == INPUT {
-        return Some(Source::Device);
-    }
-    let terminal = major == TTY
-        || (major == TTY_AUXILIARY && minor != PTMX_MINOR)
-        || (major >= PTY_FIRST && major <= PTY_LAST)
-        || major == SERIAL_LOW_DENSITY
-        || major == HYPERVISOR_CONSOLE;
-    if terminal { Some(Source::Terminal) } else { None }
 }

@@ -3,8 +3,8 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
 use warmswap_events::{
-    BUCKETS, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout, Running, SYSCALL_TABLE,
-    bucket_of_ns,
+    BUCKETS, CACHE_LANES, CHARGED_TASKS, Charged, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution,
+    Histogram, Layout, Running, SYSCALL_TABLE, bucket_of_ns,
 };
 
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
@@ -22,7 +22,9 @@ pub(crate) static HISTOGRAMS: Array<Histogram> = Array::with_max_entries(1, MMAP
 #[map]
 pub(crate) static RUNNING: Array<Running> = Array::with_max_entries(1, MMAPABLE); // set at load
 #[map]
-pub(crate) static CACHE: Array<u64> = Array::with_max_entries(8, 0); // set at load
+pub(crate) static CHARGED: Array<Charged> = Array::with_max_entries(CHARGED_TASKS, MMAPABLE);
+#[map]
+pub(crate) static CACHE: Array<u64> = Array::with_max_entries(CACHE_LANES, 0); // set at load
 #[map]
 pub(crate) static CONTROL: Array<Control> = Array::with_max_entries(1, MMAPABLE);
 #[map]

@@ -1,23 +1,13 @@
-//! Memory: page faults of user code, and processes killed for want of memory.
+//! Processes killed for want of memory.
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{ARG_MISSING, Class, LANE_FAULT, LANE_OTHER, OFFSET_MISSING, UID_UNKNOWN};
+use warmswap_events::{ARG_MISSING, Class, LANE_OTHER, UID_UNKNOWN};
 
 use crate::cgroup;
 use crate::emit::{Context, emit};
 use crate::maps::{add_shared, counters, cpu, layout};
 use crate::read;
-
-#[raw_tracepoint(tracepoint = "page_fault_user")]
-pub(crate) fn page_fault(_ctx: RawTracePointContext) -> i32 {
-    let cpu = cpu();
-    let owner = cgroup::of_current(cpu, LANE_FAULT);
-    if let Some(counters) = counters(owner.slot, cpu) {
-        add_shared!(counters, page_faults, 1);
-    }
-    0
-}
 
 #[raw_tracepoint(tracepoint = "mark_victim")]
 pub(crate) fn out_of_memory(ctx: RawTracePointContext) -> i32 {
@@ -40,8 +30,5 @@ pub(crate) fn out_of_memory(ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 fn user_of(task: u64) -> Option<u32> {
-    if layout!(task_cred) == OFFSET_MISSING || layout!(cred_uid) == OFFSET_MISSING {
-        return None;
-    }
     read::at(read::pointer(task, layout!(task_cred))?, layout!(cred_uid))
 }

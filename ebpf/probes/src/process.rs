@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::generated::{bpf_get_current_pid_tgid, bpf_get_current_task};
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{Class, LANE_OTHER, OFFSET_MISSING};
+use warmswap_events::{Class, LANE_OTHER};
 
 use crate::cgroup;
 use crate::emit::{Context, emit, emit_exec, now_ns, wanted};
@@ -19,11 +19,8 @@ pub(crate) fn process_exec(ctx: RawTracePointContext) -> i32 {
     }
     if wanted(Class::Exec, owner, Context::Process) {
         // The third argument on every kernel so far; the sensor says so after looking at BTF.
-        let path = if layout!(arg_exec_binprm) == 2 && layout!(binprm_filename) != OFFSET_MISSING {
-            read::pointer(ctx.arg(2), layout!(binprm_filename))
-        } else {
-            None
-        };
+        let path =
+            if layout!(arg_exec_binprm) == 2 { read::pointer(ctx.arg(2), layout!(binprm_filename)) } else { None };
         emit_exec(owner, path, first_argument());
     }
     0
@@ -32,9 +29,6 @@ pub(crate) fn process_exec(ctx: RawTracePointContext) -> i32 {
 /// Where the first argument of the running process is, in its own memory. The kernel has just put it there.
 #[inline(always)]
 fn first_argument() -> Option<u64> {
-    if layout!(task_mm) == OFFSET_MISSING || layout!(mm_arg_start) == OFFSET_MISSING {
-        return None;
-    }
     // SAFETY: the helper has no preconditions.
     let memory = read::pointer(unsafe { bpf_get_current_task() }, layout!(task_mm))?;
     read::pointer(memory, layout!(mm_arg_start))
@@ -80,18 +74,9 @@ pub(crate) fn process_exit(_ctx: RawTracePointContext) -> i32 {
     if wanted(Class::Exit, owner, Context::Process) {
         // SAFETY: the helper has no preconditions.
         let task = unsafe { bpf_get_current_task() };
-        let code = if layout!(task_exit_code) == OFFSET_MISSING {
-            None
-        } else {
-            read::at::<u32>(task, layout!(task_exit_code))
-        };
-        let began = if layout!(task_start_time) == OFFSET_MISSING {
-            None
-        } else {
-            read::at::<u64>(task, layout!(task_start_time))
-        };
-        let age_ns = began.map_or(0, |began| now_ns().wrapping_sub(began));
-        emit(Class::Exit, owner, Context::Process, [u64::from(code.unwrap_or(0)), age_ns]);
+        let code = read::at::<u32>(task, layout!(task_exit_code)).unwrap_or(0);
+        let age_ns = read::at::<u64>(task, layout!(task_start_time)).map_or(0, |began| now_ns().wrapping_sub(began));
+        emit(Class::Exit, owner, Context::Process, [u64::from(code), age_ns]);
     }
     0
 }

@@ -1,10 +1,15 @@
 //! Reads of kernel memory at offsets from BTF.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
+use warmswap_events::OFFSET_MISSING;
 
-/// The value at `base + offset`; `None` when the memory is not there.
+/// The value at `base + offset`; `None` when this kernel has no such field or the memory is not there. An offset of the
+/// layout is a constant to the verifier, so asking whether it is missing costs nothing at run time.
 #[inline(always)]
 pub(crate) fn at<T: Copy>(base: u64, offset: u32) -> Option<T> {
+    if offset == OFFSET_MISSING {
+        return None;
+    }
     let address = base.wrapping_add(u64::from(offset)) as *const T;
     // SAFETY: the helper checks the address and fails on a bad one; `T` is plain data.
     unsafe { bpf_probe_read_kernel(address) }.ok()

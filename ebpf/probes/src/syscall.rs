@@ -1,23 +1,21 @@
-//! System calls: how many, the bytes read and written through descriptors, and the connections accepted.
+//! The end of system calls: reads of terminals and input devices, and handover marks where the kernel shows them nowhere
+//! else.
 //!
-//! One program on `sys_exit` does it all, because every program on that path costs 25 ns per call whatever it does.
-//! The exit and not the entry, because only there the bytes are known, and because a seccomp filter that answers
-//! instead of the kernel hides the entry. Calls that never return (`exit`, a successful `rt_sigreturn`) are missed
-//! or counted without a number. Calls of 32-bit programs are counted but their numbers are not understood.
+//! A program here costs every call of the host some 100 ns, most of them the kernel's own for leaving its fast path; so it is
+//! attached only while somebody watched can read input, or for marks. The exit and not the entry, because only there the
+//! bytes are known. The numbers of 32-bit programs' calls are not understood.
 
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use warmswap_events::{LANE_SYSCALL, OFFSET_MISSING, SYSCALL_TABLE, SyscallKind};
+use warmswap_events::{InputDevice, LANE_SYSCALL, OFFSET_MISSING, SYSCALL_TABLE, SyscallKind};
 
-use crate::input::{self, Source};
-use crate::maps::{SYSCALLS, add, counters, cpu, layout};
+use crate::input;
+use crate::maps::{CONTROL, SYSCALLS, add, counters, cpu, layout};
 use crate::{cgroup, mark, read};
 
 const READ: u8 = SyscallKind::Read as u8;
-const WRITE: u8 = SyscallKind::Write as u8;
 const READ_VECTOR: u8 = SyscallKind::ReadVector as u8;
 const PRCTL: u8 = SyscallKind::Prctl as u8;
-const ACCEPT: u8 = SyscallKind::Accept as u8;
 
 /// The kernel's `struct pt_regs *`, and how to read it.
 #[derive(Clone, Copy)]
@@ -29,9 +27,11 @@ pub(crate) enum Registers {
 }
 
 impl Registers {
+    /// The word at an offset of [`crate::maps::LAYOUT`]; `None` where the kernel's registers are not known.
     #[inline(always)]
-    fn at(self, offset: u32) -> Option<u64> {
+    pub(crate) fn at(self, offset: u32) -> Option<u64> {
         match self {
+            Self::Typed(_) if offset == OFFSET_MISSING => None,
             // SAFETY: the verifier has checked that this is inside a struct pt_regs.
             Self::Typed(regs) => {
                 Some(unsafe { core::ptr::read_volatile(regs.wrapping_add(u64::from(offset)) as *const u64) })
@@ -55,49 +55,49 @@ pub(crate) fn system_call(ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 fn handle(regs: Registers, result: i64) -> i32 {
-    let cpu = cpu();
-    let owner = cgroup::of_current(cpu, LANE_SYSCALL);
     let kind = kind(regs);
-    if kind == PRCTL {
-        mark::on_prctl(regs, owner);
-    }
-    let Some(counters) = counters(owner.slot, cpu) else { return 0 };
-    add!(counters, syscalls, 1);
-    if result < 0 {
+    let reads = kind == READ || kind == READ_VECTOR;
+    if !reads && kind != PRCTL {
         return 0;
     }
-    if kind == READ || kind == READ_VECTOR {
-        add!(counters, reads, 1);
-        add!(counters, read_bytes, result as u64);
-        if result > 0 {
-            match input::source(regs, result as u64, owner) {
-                Some(Source::Terminal) => add!(counters, tty_inputs, 1),
-                Some(Source::Device) => {
-                    add!(counters, device_inputs, 1);
-                    if kind == READ
-                        && let Some(buffer) = argument(regs, layout!(regs_arg[1]))
-                    {
-                        let turns = input::turns(buffer, result as u64, owner.cgroup, owner.slot);
-                        add!(counters, orientation_changes, turns);
-                    }
-                }
-                None => {}
+    let cpu = cpu();
+    let owner = cgroup::of_current(cpu, LANE_SYSCALL);
+    if kind == PRCTL {
+        if marks_are_seen_here() {
+            mark::on_prctl(regs, || owner);
+        }
+        return 0;
+    }
+    if result <= 0 {
+        return 0;
+    }
+    let Some(counters) = counters(owner.slot, cpu) else { return 0 };
+    match input::source(regs, result as u64, owner) {
+        Some(InputDevice::Terminal) => add!(counters, tty_inputs, 1),
+        Some(InputDevice::Device) => {
+            add!(counters, device_inputs, 1);
+            if kind == READ
+                && let Some(buffer) = regs.at(layout!(regs_arg[1]))
+            {
+                let turns = input::turns(buffer, result as u64, owner.cgroup, owner.slot);
+                add!(counters, orientation_changes, turns);
             }
         }
-    } else if kind == ACCEPT {
-        add!(counters, accepts, 1);
-    } else if kind == WRITE {
-        add!(counters, writes, 1);
-        add!(counters, write_bytes, result as u64);
+        None => {}
     }
     0
 }
 
 #[inline(always)]
+fn marks_are_seen_here() -> bool {
+    // SAFETY: the lookup succeeded; the sensor changes the word whole.
+    CONTROL
+        .get_ptr(0)
+        .is_some_and(|control| unsafe { core::ptr::read_volatile(&raw const (*control).marks_at_exit) } != 0)
+}
+
+#[inline(always)]
 fn kind(regs: Registers) -> u8 {
-    if layout!(regs_syscall) == OFFSET_MISSING {
-        return 0;
-    }
     match regs.at(layout!(regs_syscall)) {
         // SAFETY: the index is inside the table; volatile because the loader fills it.
         Some(number) if number < SYSCALL_TABLE as u64 => unsafe {
@@ -105,10 +105,4 @@ fn kind(regs: Registers) -> u8 {
         },
         _ => 0,
     }
-}
-
-/// The argument at this offset of [`crate::maps::LAYOUT`], when the kernel's registers are known.
-#[inline(always)]
-pub(crate) fn argument(regs: Registers, offset: u32) -> Option<u64> {
-    if offset == OFFSET_MISSING { None } else { regs.at(offset) }
 }

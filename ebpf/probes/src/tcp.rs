@@ -1,8 +1,8 @@
-//! TCP: connections opened and closed, every change of state, resets sent and received, segments sent again.
+//! TCP: connections opened, accepted and closed, every change of state, resets sent and received, segments sent again.
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use warmswap_events::{Class, OFFSET_MISSING, UID_UNKNOWN};
+use warmswap_events::{Class, UID_UNKNOWN};
 
 use crate::cgroup;
 use crate::emit::{Context, emit, wanted};
@@ -22,9 +22,7 @@ const NEW_SYN_RECV: u32 = 12;
 #[raw_tracepoint(tracepoint = "inet_sock_set_state")]
 pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
     let sock: u64 = ctx.arg(0);
-    if layout!(sock_protocol) != OFFSET_MISSING
-        && read::at::<u16>(sock, layout!(sock_protocol)).is_some_and(|protocol| protocol != PROTOCOL_TCP)
-    {
+    if read::at::<u16>(sock, layout!(sock_protocol)).is_some_and(|protocol| protocol != PROTOCOL_TCP) {
         return 0;
     }
     let (old, new) = (ctx.arg::<u32>(1), ctx.arg::<u32>(2));
@@ -33,6 +31,9 @@ pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
     if let Some(counters) = counters(owner.slot, cpu) {
         if new == ESTABLISHED {
             add_shared!(counters, tcp_opened, 1);
+            if old == SYN_RECV {
+                add_shared!(counters, accepts, 1);
+            }
         } else if new == CLOSE
             && old != CLOSE
             && old != LISTEN
@@ -102,9 +103,6 @@ fn is_full(sock: u64) -> bool {
 /// Whoever made the socket, or the one that listened for it.
 #[inline(always)]
 fn user_of(sock: u64) -> Context {
-    if layout!(sock_uid) == OFFSET_MISSING {
-        return Context::NOBODY;
-    }
     Context::User(read::at(sock, layout!(sock_uid)).unwrap_or(UID_UNKNOWN))
 }
 

@@ -470,7 +470,6 @@ fn add_work(to: &mut ProbeCounts, from: &ProbeCounts) {
     to.forks += from.forks;
     to.exits += from.exits;
     to.oom_kills += from.oom_kills;
-    to.syscalls += from.syscalls;
     to.reads += from.reads;
     to.read_bytes += from.read_bytes;
     to.writes += from.writes;

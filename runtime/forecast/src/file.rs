@@ -19,7 +19,7 @@ use crate::lstm::ModelWeights;
 use crate::profile::Profile;
 
 const MAGIC: &[u8; 8] = b"WSWPFCST";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 20;
 const DIGEST: usize = 32;
 /// Larger than any image that is written: 100,000 profiles are below it.

@@ -414,7 +414,7 @@ fn probe_logs(window: &FeatureWindow, seconds: f64) -> [f32; PROBES] {
     let requests =
         window.durations.request_latency.buckets.iter().fold(0u64, |sum, (_, count)| sum.saturating_add(*count));
     [
-        c.syscalls,
+        c.reads.saturating_add(c.writes),
         c.rx_packets,
         c.tx_packets,
         c.tcp_opened,

@@ -23,7 +23,7 @@ fn window(end_unix_ms: u64, usage: [f64; 4]) -> FeatureWindow {
         end_unix_ms,
         length_ms: 1000,
         usage: PerResource { cpu, memory, network, disk },
-        counts: ProbeCounts { syscalls: (cpu.abs() * 100.0) as u64, ..ProbeCounts::default() },
+        counts: ProbeCounts { reads: (cpu.abs() * 100.0) as u64, ..ProbeCounts::default() },
         durations: Durations::default(),
     }
 }
@@ -462,7 +462,7 @@ proptest! {
             now = now.wrapping_add_signed(ahead);
             let mut one = window(now, usage);
             one.length_ms = length_ms;
-            one.counts.syscalls = count;
+            one.counts.reads = count;
             one.counts.execs = count;
             one.counts.forks = count;
             one.durations.request_latency.buckets = vec![(1, count), (2, count)];

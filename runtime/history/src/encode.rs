@@ -12,9 +12,12 @@ const WINDOW_VERSION: u8 = 2;
 const REPORT_VERSION: u8 = 1;
 
 /// Fields of `ProbeCounts`, in the order of the list below.
-const COUNTS: usize = 29;
+const COUNTS: usize = 28;
+/// What is stored: with a place for system calls, which were counted once.
+const STORED: usize = COUNTS + 1;
+const SYSTEM_CALLS: usize = 4;
 /// Of these the first so many were there in version 1.
-const COUNTS_1: usize = 23;
+const STORED_1: usize = 23;
 type Counts = [u64; COUNTS];
 
 #[derive(Serialize, Deserialize)]
@@ -23,7 +26,7 @@ struct StoredWindow {
     end_unix_ms: u64,
     length_ms: u32,
     usage: [f64; 4],
-    counts: Counts,
+    counts: [u64; STORED],
     /// Request latency, request gap, round-trip time, block latency.
     histograms: [StoredHistogram; 4],
 }
@@ -35,15 +38,15 @@ struct StoredWindow1 {
     end_unix_ms: u64,
     length_ms: u32,
     usage: [f64; 4],
-    counts: [u64; COUNTS_1],
+    counts: [u64; STORED_1],
     latency: StoredHistogram,
 }
 
 impl From<StoredWindow1> for StoredWindow {
     fn from(old: StoredWindow1) -> Self {
         let StoredWindow1 { cgroup, end_unix_ms, length_ms, usage, counts: old_counts, latency } = old;
-        let mut counts = [0; COUNTS];
-        counts[..COUNTS_1].copy_from_slice(&old_counts);
+        let mut counts = [0; STORED];
+        counts[..STORED_1].copy_from_slice(&old_counts);
         let none = StoredHistogram::default;
         Self { cgroup, end_unix_ms, length_ms, usage, counts, histograms: [latency, none(), none(), none()] }
     }
@@ -85,7 +88,7 @@ pub(crate) fn window_to_bytes(window: &FeatureWindow) -> Result<Vec<u8>, postcar
         end_unix_ms: *end_unix_ms,
         length_ms: *length_ms,
         usage: [cpu, memory, network, disk],
-        counts: counts_to_array(counts),
+        counts: with_system_calls(counts_to_array(counts)),
         histograms: [request_latency, request_gap, round_trip, block_latency].map(StoredHistogram::from),
     };
     let mut bytes = vec![WINDOW_VERSION];
@@ -106,7 +109,7 @@ pub(crate) fn window_from_bytes(bytes: &[u8]) -> Result<FeatureWindow, String> {
         end_unix_ms: stored.end_unix_ms,
         length_ms: stored.length_ms,
         usage: PerResource { cpu, memory, network, disk },
-        counts: counts_from_array(stored.counts),
+        counts: counts_from_array(without_system_calls(stored.counts)),
         durations: Durations { request_latency, request_gap, round_trip, block_latency },
     })
 }
@@ -146,10 +149,22 @@ macro_rules! counts {
 }
 
 counts! {
-    execs, forks, exits, oom_kills, syscalls, reads, read_bytes, writes, write_bytes, block_requests, block_bytes,
+    execs, forks, exits, oom_kills, reads, read_bytes, writes, write_bytes, block_requests, block_bytes,
     block_sequential, rx_packets, rx_bytes, tx_packets, tx_bytes, tcp_opened, tcp_closed, tcp_resets, tty_inputs,
     run_ns, page_faults, tcp_resets_received, tcp_retransmits, accepts, device_inputs, orientation_changes,
     run_delay_ns, major_faults,
+}
+
+fn with_system_calls(counts: Counts) -> [u64; STORED] {
+    std::array::from_fn(|at| match at {
+        SYSTEM_CALLS => 0,
+        before if before < SYSTEM_CALLS => counts[before],
+        after => counts[after - 1],
+    })
+}
+
+fn without_system_calls(stored: [u64; STORED]) -> Counts {
+    std::array::from_fn(|at| stored[if at < SYSTEM_CALLS { at } else { at + 1 }])
 }
 
 /// One window from the windows of a minute: rates are means over time, memory is the highest, counts add up.

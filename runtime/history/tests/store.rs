@@ -25,12 +25,7 @@ fn window(end_unix_ms: u64, cpu: f64) -> FeatureWindow {
         end_unix_ms,
         length_ms: 1000,
         usage: PerResource { cpu, memory: 100.0 + cpu, network: 1.25, disk: 0.5 },
-        counts: ProbeCounts {
-            syscalls: 1234,
-            tcp_resets_received: 2,
-            page_faults: u64::MAX / 128,
-            ..Default::default()
-        },
+        counts: ProbeCounts { reads: 1234, tcp_resets_received: 2, page_faults: u64::MAX / 128, ..Default::default() },
         durations: Durations {
             request_latency: LatencyHistogram { buckets: vec![(1024, 3), (2048, 40), (1 << 30, 1)] },
             block_latency: LatencyHistogram { buckets: vec![(4096, 2)] },
@@ -148,7 +143,7 @@ fn a_full_minute_is_summed_up_even_across_a_restart() {
     assert_eq!(minute.length_ms, 60_000);
     assert!((minute.usage.cpu - 30.5).abs() < 1e-9, "the mean of 1 to 60: {}", minute.usage.cpu);
     assert!((minute.usage.memory - 160.0).abs() < 1e-9, "the highest second: {}", minute.usage.memory);
-    assert_eq!(minute.counts.syscalls, 60 * 1234);
+    assert_eq!(minute.counts.reads, 60 * 1234);
     assert_eq!(minute.durations.request_latency.count(), 60 * 44);
 }
 

@@ -13,8 +13,8 @@ pub struct ProbeCounts {
     pub forks: u64,
     pub exits: u64,
     pub oom_kills: u64,
-    pub syscalls: u64,
-    /// Calls that read from a descriptor, and bytes they returned.
+    /// Reads of files, pipes, terminals and the like, and bytes they returned, as in `/proc/PID/io`: sockets only by calls that are
+    /// for files too.
     pub reads: u64,
     pub read_bytes: u64,
     pub writes: u64,

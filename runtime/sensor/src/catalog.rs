@@ -14,6 +14,10 @@ pub(crate) enum Hook {
     Egress,
     /// A program of a service that binds a port. No probe, but loaded and reported like one.
     Bind,
+    /// The end of every system call, as long as somebody can read input; see [`crate::at_exit`].
+    WhileInputIsRead,
+    /// The first of several that this kernel allows; see [`crate::load`].
+    Marks,
     /// No program of its own: a part of another one, switched off by itself when the kernel lacks a field.
     PartOf(&'static str),
 }
@@ -59,6 +63,17 @@ fn with(mut needs: Vec<Need>, more: Vec<Need>) -> Vec<Need> {
     needs
 }
 
+/// What handover marks need where the kernel gives the registers of the call, and not its arguments.
+pub(crate) fn marks_by_registers(l: &Layout) -> Vec<Need> {
+    vec![
+        Need::field("pt_regs.orig_ax", l.regs_syscall),
+        Need::field("pt_regs.di", l.regs_arg[0]),
+        Need::field("pt_regs.si", l.regs_arg[1]),
+        Need::field("pt_regs.dx", l.regs_arg[2]),
+        Need::field("pt_regs.r10", l.regs_arg[3]),
+    ]
+}
+
 /// In the order in which they attach; parts after their whole.
 pub(crate) const PROBES: &[Probe] = &[
     Probe {
@@ -100,76 +115,6 @@ pub(crate) const PROBES: &[Probe] = &[
         needs: none,
     },
     Probe {
-        name: "system-calls",
-        program: |_| "system_call",
-        typed: Some("system_call_typed"),
-        class: "system calls",
-        hook: Hook::Tracepoint("sys_exit"),
-        needs: none,
-    },
-    Probe {
-        name: "file-bytes",
-        program: |_| "system_call",
-        typed: None,
-        class: "system calls",
-        hook: Hook::PartOf("system-calls"),
-        needs: |l| vec![Need::field("pt_regs.orig_ax", l.regs_syscall)],
-    },
-    Probe {
-        name: "accepts",
-        program: |_| "system_call",
-        typed: None,
-        class: "network",
-        hook: Hook::PartOf("system-calls"),
-        needs: |l| vec![Need::field("pt_regs.orig_ax", l.regs_syscall)],
-    },
-    Probe {
-        name: "marks",
-        program: |_| "system_call",
-        typed: None,
-        class: "handover",
-        hook: Hook::PartOf("system-calls"),
-        needs: |l| {
-            vec![
-                Need::field("pt_regs.orig_ax", l.regs_syscall),
-                Need::field("pt_regs.di", l.regs_arg[0]),
-                Need::field("pt_regs.si", l.regs_arg[1]),
-                Need::field("pt_regs.dx", l.regs_arg[2]),
-                Need::field("pt_regs.r10", l.regs_arg[3]),
-            ]
-        },
-    },
-    Probe {
-        name: "input",
-        program: |_| "system_call",
-        typed: None,
-        class: "input",
-        hook: Hook::PartOf("system-calls"),
-        needs: |l| {
-            vec![
-                Need::field("pt_regs.orig_ax", l.regs_syscall),
-                Need::field("pt_regs.di", l.regs_arg[0]),
-                Need::field("task_struct.files", l.task_files),
-                Need::field("task_struct.signal", l.task_signal),
-                Need::field("signal_struct.tty", l.signal_tty),
-                Need::field("files_struct.fdt", l.files_fdt),
-                Need::field("fdtable.max_fds", l.fdtable_max_fds),
-                Need::field("fdtable.fd", l.fdtable_fd),
-                Need::field("file.f_inode", l.file_inode),
-                Need::field("inode.i_mode", l.inode_mode),
-                Need::field("inode.i_rdev", l.inode_rdev),
-            ]
-        },
-    },
-    Probe {
-        name: "orientation",
-        program: |_| "system_call",
-        typed: None,
-        class: "input",
-        hook: Hook::PartOf("input"),
-        needs: |l| vec![Need::field("pt_regs.si", l.regs_arg[1])],
-    },
-    Probe {
         name: "run-time",
         program: |_| "switch",
         typed: Some("switch_typed"),
@@ -177,7 +122,12 @@ pub(crate) const PROBES: &[Probe] = &[
         hook: Hook::Tracepoint("sched_switch"),
         needs: |l| {
             let next = Need::argument("the next task of sched_switch", l.arg_switch_next, &[2]);
-            with(cgroup_of_task(l), vec![next])
+            let of_task = vec![
+                next,
+                Need::field("task_struct.pid", l.task_pid),
+                Need::field("task_struct.se.sum_exec_runtime", l.task_run_time),
+            ];
+            with(cgroup_of_task(l), of_task)
         },
     },
     Probe {
@@ -189,20 +139,40 @@ pub(crate) const PROBES: &[Probe] = &[
         needs: |l| vec![Need::field("task_struct.sched_info.run_delay", l.task_run_delay)],
     },
     Probe {
+        name: "file-bytes",
+        program: |_| "switch",
+        typed: None,
+        class: "disk",
+        hook: Hook::PartOf("run-time"),
+        needs: |l| {
+            vec![
+                Need::field("task_struct.ioac.syscr", l.task_reads),
+                Need::field("task_struct.ioac.syscw", l.task_writes),
+                Need::field("task_struct.ioac.rchar", l.task_read_bytes),
+                Need::field("task_struct.ioac.wchar", l.task_write_bytes),
+            ]
+        },
+    },
+    Probe {
+        name: "page-faults",
+        program: |_| "switch",
+        typed: None,
+        class: "memory",
+        hook: Hook::PartOf("run-time"),
+        needs: |l| {
+            vec![
+                Need::field("task_struct.min_flt", l.task_minor_faults),
+                Need::field("task_struct.maj_flt", l.task_major_faults),
+            ]
+        },
+    },
+    Probe {
         name: "major-faults",
         program: |_| "switch",
         typed: None,
         class: "memory",
         hook: Hook::PartOf("run-time"),
         needs: |l| vec![Need::field("task_struct.maj_flt", l.task_major_faults)],
-    },
-    Probe {
-        name: "page-faults",
-        program: |_| "page_fault",
-        typed: None,
-        class: "memory",
-        hook: Hook::Tracepoint("page_fault_user"),
-        needs: none,
     },
     Probe {
         name: "out-of-memory",
@@ -283,6 +253,14 @@ pub(crate) const PROBES: &[Probe] = &[
         },
     },
     Probe {
+        name: "accepts",
+        program: |_| "tcp_state",
+        typed: None,
+        class: "network",
+        hook: Hook::PartOf("tcp-state"),
+        needs: none,
+    },
+    Probe {
         name: "tcp-resets-sent",
         program: |_| "tcp_reset_sent",
         typed: None,
@@ -315,6 +293,45 @@ pub(crate) const PROBES: &[Probe] = &[
         },
     },
     Probe {
+        name: "input",
+        program: |_| "system_call",
+        typed: Some("system_call_typed"),
+        class: "input",
+        hook: Hook::WhileInputIsRead,
+        needs: |l| {
+            vec![
+                Need::field("pt_regs.orig_ax", l.regs_syscall),
+                Need::field("pt_regs.di", l.regs_arg[0]),
+                Need::field("task_struct.files", l.task_files),
+                Need::field("task_struct.signal", l.task_signal),
+                Need::field("signal_struct.tty", l.signal_tty),
+                Need::field("files_struct.fdt", l.files_fdt),
+                Need::field("fdtable.max_fds", l.fdtable_max_fds),
+                Need::field("fdtable.fd", l.fdtable_fd),
+                Need::field("file.f_inode", l.file_inode),
+                Need::field("inode.i_mode", l.inode_mode),
+                Need::field("inode.i_rdev", l.inode_rdev),
+            ]
+        },
+    },
+    Probe {
+        name: "orientation",
+        program: |_| "system_call",
+        typed: None,
+        class: "input",
+        hook: Hook::PartOf("input"),
+        needs: |l| vec![Need::field("pt_regs.si", l.regs_arg[1])],
+    },
+    // After input, whose program may have to see them.
+    Probe {
+        name: "marks",
+        program: |_| "unknown_prctl",
+        typed: None,
+        class: "handover",
+        hook: Hook::Marks,
+        needs: none,
+    },
+    Probe {
         name: "ports-v4",
         program: |_| "share_port_v4",
         typed: None,
@@ -336,10 +353,11 @@ pub(crate) const PROBES: &[Probe] = &[
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ProbeStatus {
     pub name: &'static str,
-    /// What it is about: processes, system calls, cpu, memory, disk, network, input, handover, ports.
+    /// What it is about: processes, cpu, memory, disk, network, input, handover, ports.
     pub class: &'static str,
     /// Where it attaches, or what it is a part of.
     pub hook: String,
+    /// Whether it works; one for input is attached only while somebody watched can read any.
     pub attached: bool,
     /// Why it is switched off.
     pub reason: Option<String>,

@@ -300,7 +300,7 @@ impl Worker {
     fn publish_wants(&self) {
         let classes = self.router.subscribers.iter().fold(0, |bits, s| bits | s.wants.classes.bits());
         let everywhere = self.router.subscribers.iter().any(|s| s.wants.everywhere);
-        let [_epoch, classes_word, everywhere_word] = self.control.words(0) else { return };
+        let [_epoch, classes_word, everywhere_word, ..] = self.control.words(0) else { return };
         // Relaxed: the probes read each word by itself and need no order between them.
         classes_word.store(classes, Ordering::Relaxed);
         everywhere_word.store(u64::from(everywhere), Ordering::Relaxed);

@@ -20,8 +20,14 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         task_mm: field("task_struct", "mm"),
         mm_arg_start: field("mm_struct", "arg_start"),
         task_start_time: field("task_struct", "start_time"),
+        task_run_time: field("task_struct", "se.sum_exec_runtime"),
         task_run_delay: field("task_struct", "sched_info.run_delay"),
+        task_minor_faults: field("task_struct", "min_flt"),
         task_major_faults: field("task_struct", "maj_flt"),
+        task_reads: field("task_struct", "ioac.syscr"),
+        task_writes: field("task_struct", "ioac.syscw"),
+        task_read_bytes: field("task_struct", "ioac.rchar"),
+        task_write_bytes: field("task_struct", "ioac.wchar"),
         task_cred: field("task_struct", "cred"),
         cred_uid: field("cred", "uid"),
         signal_tty: field("signal_struct", "tty"),
@@ -100,7 +106,6 @@ pub(crate) fn syscall_table() -> [u8; SYSCALL_TABLE] {
     let mut table = [SyscallKind::Other as u8; SYSCALL_TABLE];
     let reads = [libc::SYS_read, libc::SYS_pread64];
     let vector_reads = [libc::SYS_readv, libc::SYS_preadv, libc::SYS_preadv2];
-    let writes = [libc::SYS_write, libc::SYS_pwrite64, libc::SYS_writev, libc::SYS_pwritev, libc::SYS_pwritev2];
     let mut set = |numbers: &[libc::c_long], kind: SyscallKind| {
         for number in numbers {
             if let Some(entry) = usize::try_from(*number).ok().and_then(|number| table.get_mut(number)) {
@@ -110,8 +115,6 @@ pub(crate) fn syscall_table() -> [u8; SYSCALL_TABLE] {
     };
     set(&reads, SyscallKind::Read);
     set(&vector_reads, SyscallKind::ReadVector);
-    set(&writes, SyscallKind::Write);
     set(&[libc::SYS_prctl], SyscallKind::Prctl);
-    set(&[libc::SYS_accept, libc::SYS_accept4], SyscallKind::Accept);
     table
 }

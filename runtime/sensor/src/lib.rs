@@ -13,6 +13,7 @@
 //! Not here: what the numbers mean, memory in use (the back end knows), or any influence on what is watched.
 
 mod account;
+mod at_exit;
 mod btf;
 mod catalog;
 mod check;
@@ -26,13 +27,15 @@ mod load;
 mod mapped;
 mod ports;
 mod probe_log;
+mod readers;
 mod ring;
+mod stock;
 mod windows;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Receiver;
 use warmswap_events::{SLOTS_MAX, map};
@@ -80,8 +83,8 @@ pub struct SensorConfig {
     /// passes it on to `tracing` as warnings under [`PROBE_LOG_TARGET`]. Off, it costs no time, a ring of one page, and
     /// some 160 KiB of kernel memory: the kernel removes the messages but keeps the pages they came in.
     pub probe_log: bool,
-    /// Whether the variants of probes are tried that read typed arguments. They count the same and cost less; without them the
-    /// others can be seen to work, on kernels that have both.
+    /// Whether the variants of probes are tried that cost less, and that not every kernel has: those that read typed arguments, and
+    /// marks by other ways than system calls. They count the same; without them the others can be seen to work.
     pub typed: bool,
 }
 
@@ -192,7 +195,9 @@ impl Sensor {
     /// # Errors
     /// As [`Self::start`].
     pub fn subscribe(&mut self, wants: Subscription) -> Result<Events> {
-        Ok(self.drain()?.subscribe(wants))
+        let events = self.drain()?.subscribe(wants);
+        self.attach_at_exit();
+        Ok(events)
     }
 
     /// Handover marks from now on, of all cgroups. Every taker gets all of them; up to 4,096 may wait.
@@ -228,6 +233,7 @@ impl Sensor {
         }
         let watched_max = self.config.watched_max;
         let slot = self.free.pop_front().ok_or(SensorError::TooManyWatched { cgroup, watched_max })?;
+        stock::forget(&self.loaded, slot);
         // The counters are read before the kernel knows the slot: whatever its last owner left is not ours.
         let mut watched = Watched::new(&self.loaded, cgroup, slot, None);
         if let Err(source) = self.loaded.watched.insert(cgroup.0, slot, 0) {
@@ -239,6 +245,7 @@ impl Sensor {
         link_block(&mut self.loaded, &self.mounts, &mut watched);
         self.watched.push(watched);
         self.raise_epoch();
+        self.look_for_readers(|watched| watched == cgroup);
         Ok(())
     }
 
@@ -252,6 +259,7 @@ impl Sensor {
             let _ = self.loaded.watched_block.remove(&block);
         }
         self.raise_epoch();
+        stock::take(&self.loaded);
         let last = watched.window(&self.loaded, self.disk_source());
         self.free.push_back(watched.slot);
         Some(last)
@@ -285,6 +293,7 @@ impl Sensor {
     /// The same of some only: what was counted for the others waits for their next window.
     pub fn windows_of(&mut self, wanted: impl Fn(CgroupId) -> bool) -> Vec<FeatureWindow> {
         self.losses.tell(&self.tally.totals(&self.loaded.account));
+        stock::take(&self.loaded);
         let disk = self.disk_source();
         let mut windows = Vec::with_capacity(self.watched.len());
         for watched in self.watched.iter_mut().filter(|watched| wanted(watched.cgroup)) {
@@ -292,9 +301,45 @@ impl Sensor {
                 // The v1 folder may have come after `watch`.
                 link_block(&mut self.loaded, &self.mounts, watched);
             }
-            windows.push(watched.window(&self.loaded, disk));
+            let window = watched.window(&self.loaded, disk);
+            if window.counts.execs > 0 {
+                watched.readers.expect();
+            }
+            windows.push(window);
         }
+        self.look_for_readers(|_| false);
         windows
+    }
+
+    /// Looks whether processes of this cgroup can read input, which is counted only while somebody can. [`Self::watch`] does
+    /// so, and [`Self::windows`] soon after a launch and later every minute.
+    pub fn look_for_readers_of(&mut self, cgroup: CgroupId) {
+        self.look_for_readers(|watched| watched == cgroup);
+    }
+
+    /// Of these cgroups now, of the others when it is time.
+    fn look_for_readers(&mut self, now: impl Fn(CgroupId) -> bool) {
+        if let (Some(_), Some(root)) = (&self.loaded.at_exit, &self.mounts.v2) {
+            let time = Instant::now();
+            for watched in self.watched.iter_mut().filter(|one| now(one.cgroup) || one.readers.is_time(time)) {
+                // A cgroup that is gone has no readers.
+                let folder = host::cgroup_path(root, watched.cgroup).unwrap_or_default();
+                watched.readers.look(&folder, time);
+            }
+        }
+        self.attach_at_exit();
+    }
+
+    /// Attaches what looks at the end of system calls, or detaches it.
+    fn attach_at_exit(&mut self) {
+        let Loaded { at_exit: Some(at_exit), object, control, .. } = &mut self.loaded else { return };
+        let [_epoch, classes, ..] = control.words(0) else { return };
+        let input = Class::Input.bit() | Class::Orientation.bit();
+        let wanted = classes.load(Ordering::Relaxed) & input != 0;
+        let needed = wanted || self.watched.iter().any(|watched| watched.readers.any);
+        if let Err(reason) = at_exit.need(object, needed) {
+            tracing::warn!(reason, "input is not counted");
+        }
     }
 
     /// Where `usage.disk` comes from. With [`DiskSource::Block`] on a host whose io controller is not on v2, writes

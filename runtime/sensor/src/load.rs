@@ -4,18 +4,20 @@ use std::fs::File;
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, HashMap, Map, MapData};
-use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, ProgramError, RawTracePoint};
+use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, KProbe, Program, ProgramError, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
 use warmswap_events::{
-    CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, Running, global, map,
+    CACHE_LANES, CHARGED_TASKS, Charged, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, Running,
+    global, map,
 };
 
 use crate::SensorConfig;
+use crate::at_exit::AtExit;
 use crate::btf::Btf;
-use crate::catalog::{Hook, PROBES, Probe, ProbeStatus};
+use crate::catalog::{Hook, PROBES, Probe, ProbeStatus, marks_by_registers};
 use crate::error::SensorError;
 use crate::host::CgroupMounts;
-use crate::layout::{layout_of, syscall_table};
+use crate::layout::{Need, layout_of, syscall_table};
 use crate::mapped::MappedArray;
 use crate::probe_log::{self, ProbeLog};
 use crate::ring::Ring;
@@ -33,12 +35,15 @@ pub(crate) struct Loaded {
     // Dropped first: links and programs go before the maps they use.
     pub(crate) object: Ebpf,
     pub(crate) probes: Vec<ProbeStatus>,
+    /// `None` when input is off and marks do not need it.
+    pub(crate) at_exit: Option<AtExit>,
     pub(crate) cpus: usize,
     pub(crate) counters: MappedArray<Counters>,
     pub(crate) histograms: MappedArray<Histogram>,
     /// By slot, when it was asked last; see `probes::network`.
     pub(crate) asked: Array<MapData, u64>,
     pub(crate) running: MappedArray<Running>,
+    pub(crate) charged: MappedArray<Charged>,
     pub(crate) control: std::sync::Arc<MappedArray<Control>>,
     pub(crate) account: MappedArray<ClassAccount>,
     pub(crate) watched: HashMap<MapData, u64, u32>,
@@ -110,17 +115,22 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
     // aya's own reader, for the type ids of typed tracepoints.
     let types = || aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no typed tracepoints")).ok();
     let types = if config.typed { types() } else { None };
-    let probes = attach_all(&mut object, &btf, &layout.0, types.as_ref(), mounts, wanted);
+    let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
+    let kernel =
+        Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, mounts, control: &control };
+    let (probes, at_exit) = attach_all(&mut object, &kernel, wanted);
+    load_stock(&mut object);
 
     let (slots, cpus) = (slots as usize, cpus as usize);
-    let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
     Ok(Loaded {
         probes,
+        at_exit,
         cpus,
         counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
         histograms: mapped(&mut object, map::HISTOGRAMS, slots * DISTRIBUTIONS as usize)?,
         asked: array(&mut object, map::ASKED)?,
         running: mapped(&mut object, map::RUNNING, cpus)?,
+        charged: mapped(&mut object, map::CHARGED, CHARGED_TASKS as usize)?,
         control,
         account: mapped(&mut object, map::ACCOUNT, warmswap_events::CLASSES)?,
         watched: hash(&mut object, map::WATCHED)?,
@@ -164,25 +174,40 @@ fn hash(object: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, u64, u
     HashMap::try_from(map).map_err(|source| SensorError::MapUpdate { name, source })
 }
 
-fn attach_all(
-    object: &mut Ebpf,
-    btf: &Btf,
-    layout: &Layout,
-    types: Option<&aya::Btf>,
-    mounts: &CgroupMounts,
-    wanted: Wanted<'_>,
-) -> Vec<ProbeStatus> {
+/// What is known of the kernel as probes attach.
+struct Kernel<'a> {
+    btf: &'a Btf,
+    layout: &'a Layout,
+    /// For typed tracepoints; `None` when they are not to be had or not wanted.
+    types: Option<&'a aya::Btf>,
+    /// See [`SensorConfig::typed`].
+    typed: bool,
+    mounts: &'a CgroupMounts,
+    control: &'a MappedArray<Control>,
+}
+
+/// Never attached; see `probes::schedule`. Without it what a running task has counted since its last switch waits for the next.
+fn load_stock(object: &mut Ebpf) {
+    let Some(Program::RawTracePoint(program)) = object.program_mut(TAKE_STOCK) else { return };
+    if let Err(error) = program.load() {
+        tracing::warn!(reason = refusal(&error), "reads and faults of running tasks are counted late");
+    }
+}
+
+pub(crate) const TAKE_STOCK: &str = "take_stock";
+
+fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Vec<ProbeStatus>, Option<AtExit>) {
     let mut done: Vec<ProbeStatus> = Vec::with_capacity(PROBES.len());
+    let mut at_exit = None;
     for probe in PROBES {
-        let typed = attach_typed(object, layout, types, wanted, probe);
-        let result = if typed { Ok(()) } else { attach(object, btf, layout, mounts, wanted, probe, &done) };
-        let hook = match probe.hook {
-            Hook::Tracepoint(name) if typed => format!("tracepoint {name}, typed"),
-            Hook::Tracepoint(name) => format!("raw tracepoint {name}"),
-            Hook::Ingress => "cgroup_skb ingress".to_owned(),
-            Hook::Egress => "cgroup_skb egress".to_owned(),
-            Hook::Bind => "cgroup bind, of services".to_owned(),
-            Hook::PartOf(whole) => format!("part of {whole}"),
+        let result = match probe.hook {
+            _ if wanted.disabled.iter().any(|name| name == probe.name) => {
+                Err("switched off by the configuration".to_owned())
+            }
+            _ if attach_typed(object, kernel, probe) => Ok(format!("{}, typed", hook_name(probe.hook))),
+            Hook::WhileInputIsRead => attach_input(object, kernel, probe, &mut at_exit),
+            Hook::Marks => attach_marks(object, kernel, &mut at_exit),
+            hook => attach(object, kernel, probe, &done).map(|()| hook_name(hook)),
         };
         if let Err(reason) = &result {
             tracing::info!(probe = probe.name, %reason, "probe is off");
@@ -190,27 +215,82 @@ fn attach_all(
         done.push(ProbeStatus {
             name: probe.name,
             class: probe.class,
-            hook,
             attached: result.is_ok(),
-            reason: result.err(),
+            reason: result.as_ref().err().cloned(),
+            hook: result.unwrap_or_else(|_| hook_name(probe.hook)),
         });
     }
-    done
+    (done, at_exit)
+}
+
+fn hook_name(hook: Hook) -> String {
+    match hook {
+        Hook::Tracepoint(name) => format!("tracepoint {name}"),
+        Hook::Ingress => "cgroup_skb ingress".to_owned(),
+        Hook::Egress => "cgroup_skb egress".to_owned(),
+        Hook::Bind => "cgroup bind, of services".to_owned(),
+        Hook::WhileInputIsRead => "tracepoint sys_exit, while input can be read".to_owned(),
+        Hook::Marks => "prctl".to_owned(),
+        Hook::PartOf(whole) => format!("part of {whole}"),
+    }
+}
+
+fn attach_input(
+    object: &mut Ebpf,
+    kernel: &Kernel<'_>,
+    probe: &Probe,
+    at_exit: &mut Option<AtExit>,
+) -> Result<String, String> {
+    unmet(kernel, probe)?;
+    let loaded = at_exit.insert(AtExit::load(object, kernel.types)?);
+    Ok(format!("{}{}", hook_name(probe.hook), if loaded.is_typed() { ", typed" } else { "" }))
+}
+
+/// Where marks are seen, the cheapest first: only calls that no kernel knows; `prctl` alone; the end of every system call.
+fn attach_marks(object: &mut Ebpf, kernel: &Kernel<'_>, at_exit: &mut Option<AtExit>) -> Result<String, String> {
+    const UNKNOWN: &str = "task_prctl_unknown";
+    const FUNCTION: &str = "__x64_sys_prctl";
+    if kernel.typed
+        && kernel.btf.has_tracepoint(UNKNOWN)
+        && let Some(Program::RawTracePoint(program)) = object.program_mut("unknown_prctl")
+    {
+        match attach_tracepoint(program, UNKNOWN) {
+            Ok(()) => return Ok(hook_name(Hook::Tracepoint(UNKNOWN))),
+            Err(reason) => tracing::info!(reason, "marks: no {UNKNOWN}"),
+        }
+    }
+    if let Some(need) = marks_by_registers(kernel.layout).iter().find_map(Need::unmet) {
+        return Err(need);
+    }
+    if kernel.typed
+        && let Some(Program::KProbe(program)) = object.program_mut("prctl")
+    {
+        match attach_function(program, FUNCTION) {
+            Ok(()) => return Ok(format!("kprobe {FUNCTION}")),
+            Err(reason) => tracing::info!(reason, "marks: no kprobe"),
+        }
+    }
+    let loaded = match at_exit {
+        Some(loaded) => loaded,
+        None => at_exit.insert(AtExit::load(object, kernel.types)?),
+    };
+    loaded.keep(object)?;
+    if let [.., marks_at_exit] = kernel.control.words(0) {
+        marks_at_exit.store(1, std::sync::atomic::Ordering::Relaxed);
+    }
+    Ok("tracepoint sys_exit".to_owned())
+}
+
+fn unmet(kernel: &Kernel<'_>, probe: &Probe) -> Result<(), String> {
+    (probe.needs)(kernel.layout).iter().find_map(Need::unmet).map_or(Ok(()), Err)
 }
 
 /// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
-fn attach_typed(
-    object: &mut Ebpf,
-    layout: &Layout,
-    types: Option<&aya::Btf>,
-    wanted: Wanted<'_>,
-    probe: &Probe,
-) -> bool {
-    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (types, probe.typed, probe.hook) else {
+fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
+    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (kernel.types, probe.typed, probe.hook) else {
         return false;
     };
-    let disabled = wanted.disabled.iter().any(|name| name == probe.name);
-    if disabled || (probe.needs)(layout).iter().any(|need| need.unmet().is_some()) {
+    if unmet(kernel, probe).is_err() {
         return false;
     }
     let Some(Program::BtfTracePoint(program)) = object.program_mut(name) else { return false };
@@ -224,32 +304,20 @@ fn attach_typed(
 }
 
 /// `Err` is the reason why the probe is off.
-fn attach(
-    object: &mut Ebpf,
-    btf: &Btf,
-    layout: &Layout,
-    mounts: &CgroupMounts,
-    wanted: Wanted<'_>,
-    probe: &Probe,
-    done: &[ProbeStatus],
-) -> Result<(), String> {
-    if wanted.disabled.iter().any(|name| name == probe.name) {
-        return Err("switched off by the configuration".to_owned());
-    }
-    if let Some(reason) = (probe.needs)(layout).iter().find_map(crate::layout::Need::unmet) {
-        return Err(reason);
-    }
+fn attach(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe, done: &[ProbeStatus]) -> Result<(), String> {
+    unmet(kernel, probe)?;
     if let Hook::PartOf(whole) = probe.hook {
         let on = done.iter().any(|status| status.name == whole && status.attached);
         return if on { Ok(()) } else { Err(format!("{whole}, which it is a part of, is off")) };
     }
     if let Hook::Tracepoint(name) = probe.hook
-        && !btf.has_tracepoint(name)
+        && !kernel.btf.has_tracepoint(name)
     {
         return Err(format!("this kernel has no tracepoint {name}"));
     }
-    let name = (probe.program)(layout);
+    let name = (probe.program)(kernel.layout);
     let program = object.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
+    let mounts = kernel.mounts;
     match (probe.hook, program) {
         (Hook::Tracepoint(name), Program::RawTracePoint(program)) => attach_tracepoint(program, name),
         (Hook::Ingress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Ingress),
@@ -258,6 +326,11 @@ fn attach(
         (Hook::Bind, Program::CgroupSockAddr(program)) => program.load().map_err(|error| refusal(&error)),
         _ => Err(format!("the object's {name} is a program of another type")),
     }
+}
+
+fn attach_function(program: &mut KProbe, name: &str) -> Result<(), String> {
+    program.load().map_err(|error| refusal(&error))?;
+    program.attach(name, 0).map(drop).map_err(|error| refusal(&error))
 }
 
 fn attach_tracepoint(program: &mut RawTracePoint, name: &str) -> Result<(), String> {

@@ -7,16 +7,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-/// Values that consist of `u64`s only, so that each word can be read whole while the kernel writes it.
+/// Values that consist of words of 64 bits, so that each word can be read whole while the kernel writes it.
 ///
 /// # Safety
-/// The type must be `repr(C)`, without padding, and made of `u64` fields (or arrays of them) alone.
+/// The type must be `repr(C)`, without padding, and made of integers alone that fill whole words.
 pub(crate) unsafe trait Words: Copy {}
 
 // SAFETY: repr(C) of u64 only; sizes are asserted in warmswap-events.
 unsafe impl Words for warmswap_events::Counters {}
 // SAFETY: as above.
 unsafe impl Words for warmswap_events::Running {}
+// SAFETY: as above, and two u32 in one word, each without a value that is not allowed.
+unsafe impl Words for warmswap_events::Charged {}
 // SAFETY: as above.
 unsafe impl Words for warmswap_events::Control {}
 // SAFETY: as above.

@@ -5,8 +5,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use warmswap_events::{BUCKETS, Counters, DISTRIBUTIONS, Distribution, bucket_upper_ns};
 use warmswap_model::{CgroupId, Durations, FeatureWindow, LatencyHistogram, PerResource, ProbeCounts};
 
-use crate::drain::monotonic_ns;
 use crate::load::Loaded;
+use crate::readers::Readers;
 
 /// What was counted for one slot up to one moment, all CPUs together.
 #[derive(Clone)]
@@ -21,6 +21,7 @@ pub(crate) struct Watched {
     pub(crate) slot: u32,
     /// Under which id block requests are charged; `None` while the folder for it does not exist.
     pub(crate) block: Option<u64>,
+    pub(crate) readers: Readers,
     last: Box<Totals>,
     at: Instant,
 }
@@ -37,15 +38,20 @@ pub enum DiskSource {
 
 impl Watched {
     pub(crate) fn new(loaded: &Loaded, cgroup: CgroupId, slot: u32, block: Option<u64>) -> Self {
-        Self { cgroup, slot, block, last: Box::new(Totals::read(loaded, slot)), at: Instant::now() }
+        Self {
+            cgroup,
+            slot,
+            block,
+            readers: Readers::unknown(),
+            last: Box::new(Totals::read(loaded, slot)),
+            at: Instant::now(),
+        }
     }
 
     /// What happened since the last window, or since it is watched.
     pub(crate) fn window(&mut self, loaded: &Loaded, disk: DiskSource) -> FeatureWindow {
         let now = Instant::now();
-        let mut totals = Totals::read(loaded, self.slot);
-        // A switch between the two reads can hide the running process once; it then counts in the next window.
-        totals.counters.run_ns = totals.counters.run_ns.max(self.last.counters.run_ns);
+        let totals = Totals::read(loaded, self.slot);
         let length = now - self.at;
         let counts = counts(&self.last.counters, &totals.counters);
         let histogram =
@@ -86,9 +92,7 @@ impl Totals {
     fn read(loaded: &Loaded, slot: u32) -> Self {
         let mut sum = Counters::default();
         for cpu in 0..loaded.cpus {
-            let (counters, running_ns) = read_cpu(loaded, slot, cpu);
-            add(&mut sum, &counters);
-            sum.run_ns += running_ns;
+            add(&mut sum, &loaded.counters.read(slot as usize * loaded.cpus + cpu).unwrap_or_default());
         }
         let histograms = Distribution::ALL.map(|distribution| {
             let index = slot as usize * DISTRIBUTIONS as usize + distribution as usize;
@@ -98,30 +102,9 @@ impl Totals {
     }
 }
 
-/// The counters of a CPU and, when a process of the slot runs there right now, for how long it has.
-fn read_cpu(loaded: &Loaded, slot: u32, cpu: usize) -> (Counters, u64) {
-    let index = slot as usize * loaded.cpus + cpu;
-    let since = || loaded.running.read(cpu).unwrap_or_default();
-    for _ in 0..4 {
-        // The state before and after must be of the same switch, or time would be counted twice or not at all.
-        let before = since();
-        let counters = loaded.counters.read(index).unwrap_or_default();
-        let running = since();
-        let after = since();
-        if before.since_ns == running.since_ns && running.since_ns == after.since_ns {
-            let charged = running.slot == u64::from(slot) && running.since_ns != 0;
-            let running_ns = if charged { monotonic_ns().saturating_sub(running.since_ns) } else { 0 };
-            return (counters, running_ns);
-        }
-    }
-    // Switching faster than we can look: then what runs now has hardly run.
-    (loaded.counters.read(index).unwrap_or_default(), 0)
-}
-
 macro_rules! each_counter {
     ($with:ident) => {
         $with!(
-            syscalls,
             reads,
             read_bytes,
             writes,

@@ -143,7 +143,7 @@ fn a_cgroup_too_far_below_a_watched_one_is_told_and_named() {
     let _alone = alone();
     let config = SensorConfig { probe_log: true, ..SensorConfig::default() };
     let mut sensor = sensor_or_leave!("a_cgroup_too_far_below_a_watched_one_is_told_and_named", config);
-    need_probe!("a_cgroup_too_far_below_a_watched_one_is_told_and_named", sensor, "system-calls");
+    need_probe!("a_cgroup_too_far_below_a_watched_one_is_told_and_named", sensor, "run-time");
     let (outer, below) = deep();
     sensor.watch(outer.id).expect("watch");
     sensor.start().expect("starts");
@@ -155,7 +155,7 @@ fn a_cgroup_too_far_below_a_watched_one_is_told_and_named() {
     assert!(told.iter().all(|(_, times)| times.is_power_of_two()), "{told:?}");
     // The one eight levels up the tree is found, and nothing is said about it.
     below[6].run(|| 0);
-    assert!(window(&mut sensor).counts.syscalls > 0);
+    assert!(window(&mut sensor).counts.reads > 0);
     assert_eq!(said(&mut sensor, &format!("cgroup {} ", below[6].id)), []);
     remove(below);
 }
@@ -165,7 +165,7 @@ fn without_being_asked_probes_say_nothing_and_keep_no_room_for_it() {
     let _alone = alone();
     let mut sensor =
         sensor_or_leave!("without_being_asked_probes_say_nothing_and_keep_no_room_for_it", small_ring(false));
-    need_probe!("without_being_asked_probes_say_nothing_and_keep_no_room_for_it", sensor, "fork", "system-calls");
+    need_probe!("without_being_asked_probes_say_nothing_and_keep_no_room_for_it", sensor, "fork");
     let urgent_ring = 64 * 1024;
     assert_eq!(ring_bytes(), [PAGE, SMALL_RING, urgent_ring].map(u64::from).into(), "one page for what is never said");
     let (outer, below) = deep();

@@ -160,7 +160,7 @@ impl Others {
 }
 
 fn has_run(window: &FeatureWindow) -> bool {
-    window.counts.run_ns > 0 || window.counts.execs > 0 || window.counts.syscalls > 0
+    window.counts.run_ns > 0 || window.counts.execs > 0 || window.counts.reads > 0
 }
 
 #[cfg(test)]
