@@ -102,9 +102,10 @@ pub(crate) fn take_stock(_ctx: RawTracePointContext) -> i32 {
     let Some(running) = RUNNING.get_ptr(cpu) else { return 0 };
     // SAFETY: the helper has no preconditions; the lookup succeeded, and no switch comes in between.
     let (current, task, slot) = unsafe { (bpf_get_current_task(), (*running).task, (*running).slot as u32) };
-    if current == task && slot != 0 {
-        let task = Task::Raw(task);
-        charge(cpu, task, task.pid(), slot);
+    if current == task {
+        charge_known(cpu, task, slot);
+    } else {
+        charge_untold(cpu, task, slot);
     }
     0
 }
@@ -117,8 +118,12 @@ fn switched(leaves: Task, gets: Task) -> i32 {
     let (ran, task) = unsafe { ((*running).slot as u32, (*running).task) };
     let pid = leaves.pid();
     if pid != 0 {
-        // Some hosts do not tell every switch.
-        let slot = if task == leaves.address() { ran } else { leaves.slot(cpu) };
+        let slot = if task == leaves.address() {
+            ran
+        } else {
+            charge_untold(cpu, task, ran);
+            leaves.slot(cpu)
+        };
         if slot != 0 {
             charge(cpu, leaves, pid, slot);
         }
@@ -189,6 +194,25 @@ fn charge(cpu: u32, task: Task, pid: u32, slot: u32) {
         }
     }
     note(place, &now);
+}
+
+/// Some hosts do not tell every switch: then whoever ran last has left this CPU, and may have ended. When he runs on another one
+/// now, he is charged there.
+#[inline(never)]
+fn charge_untold(cpu: u32, task: u64, slot: u32) {
+    if read::at::<u32>(task, layout!(task_on_cpu)) == Some(0) {
+        charge_known(cpu, task, slot);
+    }
+}
+
+/// Only what the place is about: another task may be where this one was.
+#[inline(always)]
+fn charge_known(cpu: u32, task: u64, slot: u32) {
+    let task = Task::Raw(task);
+    let pid = task.pid();
+    if slot != 0 && place(pid).is_some_and(|place| is_of(place, task, pid, slot)) {
+        charge(cpu, task, pid, slot);
+    }
 }
 
 #[inline(always)]

@@ -20,6 +20,7 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         task_mm: field("task_struct", "mm"),
         mm_arg_start: field("mm_struct", "arg_start"),
         task_start_time: field("task_struct", "start_time"),
+        task_on_cpu: field("task_struct", "on_cpu"),
         task_run_time: field("task_struct", "se.sum_exec_runtime"),
         task_run_delay: field("task_struct", "sched_info.run_delay"),
         task_minor_faults: field("task_struct", "min_flt"),
