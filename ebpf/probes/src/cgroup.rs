@@ -29,13 +29,17 @@ pub(crate) fn watched(cgroup: u64) -> u32 {
     unsafe { WATCHED.get(&cgroup) }.copied().unwrap_or(0)
 }
 
+/// Which change of `WATCHED` is the last. To be read before a search: one that overlaps a change is cached under the old epoch
+/// and so not believed afterwards.
+#[inline(always)]
+pub(crate) fn epoch() -> u64 {
+    // SAFETY: the lookup succeeded; user space changes the word whole.
+    CONTROL.get_ptr(0).map_or(0, |control| unsafe { core::ptr::read_volatile(&raw const (*control).epoch) })
+}
+
 #[inline(always)]
 fn cached(cpu: u32, lane: u32, cgroup: u64, find: impl FnOnce() -> u32) -> u32 {
-    let Some(control) = CONTROL.get_ptr(0) else { return 0 };
-    // SAFETY: the lookup succeeded. Read before the search: a search that overlaps a change of `WATCHED` is cached
-    // under the old epoch and so not believed afterwards.
-    let epoch = unsafe { core::ptr::read_volatile(&raw const (*control).epoch) };
-    let key = CacheWord::key(cgroup, epoch);
+    let key = CacheWord::key(cgroup, epoch());
     let Some(word) = CACHE.get_ptr_mut(cpu.wrapping_mul(CACHE_LANES).wrapping_add(lane)) else { return 0 };
     // SAFETY: the lookup succeeded.
     let found = CacheWord(unsafe { core::ptr::read_volatile(word) });

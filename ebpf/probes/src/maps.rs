@@ -1,11 +1,14 @@
 //! Maps and globals. Sizes marked "set at load" are placeholders that the sensor replaces.
 
-use aya_ebpf::macros::map;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
 use warmswap_events::{
     BUCKETS, CACHE_LANES, CHARGED_TASKS, Charged, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution,
     Histogram, Layout, Running, SYSCALL_TABLE, bucket_of_ns,
 };
+
+use crate::network::Connection;
 
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
@@ -39,10 +42,9 @@ pub(crate) static WATCHED_BLOCK: HashMap<u64, u32> = HashMap::with_max_entries(2
 #[map]
 pub(crate) static PORTS: Array<u64> = Array::with_max_entries(2, 0);
 
-/// Socket cookie → [`crate::network`]'s request state. Least recently used entries give way: a connection silent
-/// for long loses at most the role it had.
-#[map]
-pub(crate) static REQUESTS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(32_768, 0);
+/// TCP socket → what is known of its connection. Ends with the socket.
+#[btf_map]
+pub(crate) static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
 
 /// (slot, request queue) → the sector after the last request.
 #[map]

@@ -5,22 +5,25 @@
 //! time to the first answer of the batch. What a service asks of others is left out: its own SYN marks the
 //! connection as a client's. Bytes are those of the IP layer. The round-trip time is what TCP itself reckons with,
 //! looked at as a request is answered.
+//!
+//! What is known of a connection, whose it is among it, is kept with its socket: finding it there takes a few loads.
 
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::helpers::generated::{
-    bpf_get_socket_cookie, bpf_sk_fullsock, bpf_skb_cgroup_id, bpf_skb_load_bytes, bpf_tcp_sock,
+    bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_cgroup_id, bpf_skb_load_bytes, bpf_tcp_sock,
 };
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
-use warmswap_events::{Distribution, LANE_EGRESS, LANE_INGRESS};
+use warmswap_events::{CacheWord, Distribution, LANE_EGRESS, LANE_INGRESS};
 
 use crate::emit::now_ns;
-use crate::maps::{ASKED, REQUESTS, add_shared, counters, cpu, record};
+use crate::maps::{ASKED, CONNECTIONS, add_shared, counters, cpu, record};
 use crate::{cgroup, trouble};
 
 const PASS: i32 = 1;
 
-const PROTOCOL_TCP: u8 = 6;
+const PROTOCOL_TCP: u32 = 6;
+const STATE_LISTEN: u32 = 10;
 const FLAG_SYN: u8 = 0x02;
 const FLAG_ACK: u8 = 0x10;
 
@@ -28,27 +31,31 @@ const FLAG_ACK: u8 = 0x10;
 const IDLE: u64 = 0;
 const CLIENT: u64 = u64::MAX;
 
+/// What is kept with a TCP socket.
+#[repr(C)]
+pub(crate) struct Connection {
+    /// The slot, and the epoch of which it is; a [`CacheWord`] of no cgroup.
+    owner: u64,
+    request: u64,
+}
+
 #[cgroup_skb]
 pub(crate) fn net_ingress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
     let cpu = cpu();
-    let slot = cgroup::of_skb(cpu, LANE_INGRESS, skb);
+    let (slot, connection, _) = whose(skb, cpu, LANE_INGRESS);
     let Some(counters) = counters(slot, cpu) else { return PASS };
     add_shared!(counters, rx_packets, packets(skb));
     add_shared!(counters, rx_bytes, u64::from(length(skb)));
-    if let Some(tcp) = Tcp::of(skb)
+    if let Some(connection) = connection
+        && let Some(tcp) = Tcp::of(skb)
         && tcp.payload
     {
-        // SAFETY: `skb` is the program's context.
-        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-        match REQUESTS.get_ptr_mut(&cookie) {
-            // SAFETY: the lookup succeeded; one word.
-            Some(state) => unsafe {
-                if *state == IDLE {
-                    *state = asked(slot);
-                }
-            },
-            None => note(skb, cookie, asked(slot)),
+        // SAFETY: `whose` found it; one word.
+        unsafe {
+            if (*connection).request == IDLE {
+                (*connection).request = asked(slot);
+            }
         }
     }
     PASS
@@ -58,40 +65,85 @@ pub(crate) fn net_ingress(ctx: SkBuffContext) -> i32 {
 pub(crate) fn net_egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;
     let cpu = cpu();
-    let slot = cgroup::of_skb(cpu, LANE_EGRESS, skb);
+    let (slot, connection, socket) = whose(skb, cpu, LANE_EGRESS);
     let Some(counters) = counters(slot, cpu) else { return PASS };
     add_shared!(counters, tx_packets, packets(skb));
     add_shared!(counters, tx_bytes, u64::from(length(skb)));
-    let Some(tcp) = Tcp::of(skb) else { return PASS };
+    let (Some(connection), Some(tcp)) = (connection, Tcp::of(skb)) else { return PASS };
+    // SAFETY: `whose` found it; one word.
+    let since = unsafe { (*connection).request };
     if tcp.payload {
-        // SAFETY: `skb` is the program's context.
-        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-        if let Some(state) = REQUESTS.get_ptr_mut(&cookie) {
-            // SAFETY: the lookup succeeded; one word.
-            let since = unsafe { *state };
-            if since != IDLE && since != CLIENT {
-                // SAFETY: as above.
-                unsafe { *state = IDLE };
-                record(slot, Distribution::RequestLatency, now_ns().wrapping_sub(since));
-                if let Some(us) = round_trip_us(skb) {
-                    record(slot, Distribution::RoundTrip, u64::from(us) * 1000);
-                }
+        if since != IDLE && since != CLIENT {
+            // SAFETY: as above.
+            unsafe { (*connection).request = IDLE };
+            record(slot, Distribution::RequestLatency, now_ns().wrapping_sub(since));
+            if let Some(us) = round_trip_us(socket) {
+                record(slot, Distribution::RoundTrip, u64::from(us) * 1000);
             }
         }
     } else if tcp.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN {
-        // SAFETY: `skb` is the program's context.
-        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-        note(skb, cookie, CLIENT);
+        // SAFETY: as above.
+        unsafe { (*connection).request = CLIENT };
     }
     PASS
 }
 
-/// Fails only when memory is short; then a request is not measured, or a client's connection taken for a server's.
+/// The slot of the packet's socket, what is kept of its connection, and the socket, null where there is none. What is kept
+/// begins with the first packet of a watched connection; a listening socket is none.
 #[inline(always)]
-fn note(skb: *mut __sk_buff, cookie: u64, state: u64) {
-    if REQUESTS.insert(&cookie, &state, 0).is_err() {
-        // SAFETY: `skb` is the program's context.
-        trouble::unmeasured_request(unsafe { bpf_skb_cgroup_id(skb) });
+fn whose(skb: *mut __sk_buff, cpu: u32, lane: u32) -> (u32, Option<*mut Connection>, *mut bpf_sock) {
+    let socket = full_socket(skb);
+    // SAFETY: looked at for null first; the fields are the program's to read.
+    let connects =
+        unsafe { !socket.is_null() && (*socket).protocol == PROTOCOL_TCP && (*socket).state != STATE_LISTEN };
+    if !connects {
+        return (cgroup::of_skb(cpu, lane, skb), None, socket);
+    }
+    // Of no cgroup, because a socket never leaves the one that it is of.
+    let key = CacheWord::key(0, cgroup::epoch());
+    let mut connection = kept(socket, core::ptr::null_mut());
+    if !connection.is_null() {
+        // SAFETY: the lookup succeeded; one word.
+        let owner = CacheWord(unsafe { (*connection).owner });
+        if owner.matches(key) {
+            return (owner.slot(), Some(connection), socket);
+        }
+    }
+    let slot = cgroup::of_skb(cpu, lane, skb);
+    let owner = key | u64::from(slot);
+    if !connection.is_null() {
+        // SAFETY: as above.
+        unsafe { (*connection).owner = owner };
+    } else if slot != 0 {
+        let mut first = Connection { owner, request: IDLE };
+        connection = kept(socket, &raw mut first);
+        if connection.is_null() {
+            // Memory is short: a request is not measured, or a client's connection taken for a server's.
+            // SAFETY: `skb` is the program's context.
+            trouble::unmeasured_request(unsafe { bpf_skb_cgroup_id(skb) });
+            return (slot, None, socket);
+        }
+    } else {
+        return (0, None, socket);
+    }
+    (slot, Some(connection), socket)
+}
+
+/// What is kept with the socket; null when nothing is and there is nothing to begin with, or no memory for it.
+#[inline(always)]
+fn kept(socket: *mut bpf_sock, first: *mut Connection) -> *mut Connection {
+    let flags = if first.is_null() { 0 } else { u64::from(BPF_SK_STORAGE_GET_F_CREATE) };
+    let map = (&raw const CONNECTIONS).cast_mut().cast();
+    // SAFETY: a full socket, and a value to copy or none.
+    unsafe { bpf_sk_storage_get(map, socket.cast(), first.cast(), flags) }.cast()
+}
+
+#[inline(always)]
+fn full_socket(skb: *mut __sk_buff) -> *mut bpf_sock {
+    // SAFETY: the program's context; the verifier makes sure that the pointer is looked at before it is used.
+    unsafe {
+        let any = (*skb).__bindgen_anon_2.sk;
+        if any.is_null() { any } else { bpf_sk_fullsock(any) }
     }
 }
 
@@ -111,18 +163,10 @@ fn asked(slot: u32) -> u64 {
 }
 
 #[inline(always)]
-fn round_trip_us(skb: *mut __sk_buff) -> Option<u32> {
-    // SAFETY: the program's context; the verifier makes sure that each pointer is looked at before it is used.
+fn round_trip_us(socket: *mut bpf_sock) -> Option<u32> {
+    // SAFETY: a full socket; the verifier makes sure that the result is looked at before it is used.
     unsafe {
-        let any = (*skb).__bindgen_anon_2.sk;
-        if any.is_null() {
-            return None;
-        }
-        let full = bpf_sk_fullsock(any);
-        if full.is_null() {
-            return None;
-        }
-        let tcp = bpf_tcp_sock(full);
+        let tcp = bpf_tcp_sock(socket);
         // The kernel keeps eight times the value.
         if tcp.is_null() { None } else { Some((*tcp).srtt_us >> 3) }
     }
@@ -154,8 +198,8 @@ impl Tcp {
         // Enough for the version, the header length and the protocol of both.
         let ip: [u8; 12] = load(skb, 0)?;
         let header: u32 = match ip[0] >> 4 {
-            4 if ip[9] == PROTOCOL_TCP => u32::from(ip[0] & 0x0f) * 4,
-            6 if ip[6] == PROTOCOL_TCP => 40,
+            4 if u32::from(ip[9]) == PROTOCOL_TCP => u32::from(ip[0] & 0x0f) * 4,
+            6 if u32::from(ip[6]) == PROTOCOL_TCP => 40,
             _ => return None,
         };
         // Data offset and flags.
