@@ -1,13 +1,13 @@
 //! From the kernel's time stamp of an urgent event to the moment that somebody has it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::json;
 use warmswap_load::monotonic_ns;
-use warmswap_sensor::{Sensor, SensorConfig};
+use warmswap_sensor::{Mark, Sensor, SensorConfig, Taken};
 
 use super::Ground;
 use super::jobs::HANDOVER;
@@ -32,9 +32,22 @@ const LAST_MARK_TIME_MAX: Duration = Duration::from_secs(5);
 /// How the receiver runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Receiver {
-    /// As that of the agent does.
+    /// Called by the draining thread, as the agent is.
+    Called,
+    /// Another thread of ordinary priority, which reads a queue.
     Ordinary,
+    /// The same with the draining thread's priority.
     RealTime,
+}
+
+impl Receiver {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Called => "called",
+            Self::Ordinary => "ordinary thread",
+            Self::RealTime => "real-time thread",
+        }
+    }
 }
 
 pub(super) fn run(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
@@ -45,7 +58,7 @@ pub(super) fn run(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for hogs in [0, HOGS] {
         let neighbours = Hogs::start(hogs)?;
-        for receiver in [Receiver::Ordinary, Receiver::RealTime] {
+        for receiver in [Receiver::Called, Receiver::Ordinary, Receiver::RealTime] {
             interrupt::check()?;
             rows.extend(measure(&mut worker, receiver, hogs, count)?);
             progress.at(format_args!("{hogs} hogs"));
@@ -60,7 +73,7 @@ fn measure(worker: &mut Worker, receiver: Receiver, hogs: usize, count: u32) -> 
     let (took_us, priority) = receive(&mut sensor, worker, receiver, count)?;
     let mut conditions = Conditions::new();
     conditions.insert("hogs".into(), json!(hogs));
-    conditions.insert("receiver".into(), json!(if receiver == Receiver::Ordinary { "ordinary" } else { "real-time" }));
+    conditions.insert("receiver".into(), json!(receiver.name()));
     let note = match sensor.realtime() {
         Some(Ok(priority)) => format!("draining thread: SCHED_FIFO {priority}"),
         Some(Err(reason)) => format!("draining thread: ordinary ({reason})"),
@@ -71,7 +84,8 @@ fn measure(worker: &mut Worker, receiver: Receiver, hogs: usize, count: u32) -> 
     let row =
         |id: &str, q| Row::new(id, quantile(&took_us, q), "µs", took_us.len(), &conditions).note(Some(note.clone()));
     let p99 = row(if hogs == 0 { P99 } else { P99_HOGS }, 0.99);
-    Ok(vec![row(P50, 0.5), if hogs == 0 { p99 } else { p99.at_most(TARGET_US) }])
+    // The claim is about what the agent does.
+    Ok(vec![row(P50, 0.5), if hogs > 0 && receiver == Receiver::Called { p99.at_most(TARGET_US) } else { p99 }])
 }
 
 /// How long each mark took, µs, and why the receiver did not run as it should.
@@ -81,6 +95,19 @@ fn receive(
     receiver: Receiver,
     count: u32,
 ) -> Result<(Vec<f64>, Option<String>)> {
+    if receiver == Receiver::Called {
+        let took_us = Arc::new(Mutex::new(Vec::with_capacity(count as usize)));
+        let taken = Arc::clone(&took_us);
+        sensor.on_marks(move |mark| {
+            note(&mut taken.lock().unwrap_or_else(PoisonError::into_inner), &mark);
+            Taken::Yes
+        })?;
+        worker.work(&Task::Marks { count, pause: PAUSE })?;
+        sensor.flush()?;
+        let took_us = std::mem::take(&mut *took_us.lock().unwrap_or_else(PoisonError::into_inner));
+        ensure!(took_us.len() == count as usize, "{} of {count} marks came", took_us.len());
+        return Ok((took_us, None));
+    }
     let marks = sensor.marks()?;
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
@@ -90,10 +117,7 @@ fn receive(
         while took_us.len() < count as usize && !stopped.load(Ordering::Relaxed) {
             // Only a pause, or the sensor's end, which comes after the flag.
             let Ok(mark) = marks.recv_timeout(Duration::from_millis(100)) else { continue };
-            let now_ns = monotonic_ns();
-            if mark.handover == HANDOVER {
-                took_us.push(now_ns.saturating_sub(mark.time_ns) as f64 / 1e3);
-            }
+            note(&mut took_us, &mark);
         }
         (took_us, refused.map(|error| format!("receiver: ordinary ({error})")))
     });
@@ -104,6 +128,14 @@ fn receive(
     worked?;
     ensure!(took_us.len() == count as usize, "{} of {count} marks came", took_us.len());
     Ok((took_us, refused))
+}
+
+/// How old a mark of ours is.
+fn note(took_us: &mut Vec<f64>, mark: &Mark) {
+    let now_ns = monotonic_ns();
+    if mark.handover == HANDOVER {
+        took_us.push(now_ns.saturating_sub(mark.time_ns) as f64 / 1e3);
+    }
 }
 
 /// The priority of the draining thread.

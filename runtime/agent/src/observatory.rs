@@ -5,14 +5,14 @@
 //! so a measurement can begin and end between ticks without taking anything from the windows.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use warmswap_model::{
     Blackout, CgroupId, Durations, FeatureWindow, Generation, LatencyHistogram, Measurements, PerResource, ProbeCounts,
     ServiceName,
 };
-use warmswap_sensor::{Mark, Sensor};
+use warmswap_sensor::{Mark, Sensor, Taken};
 
 use crate::api::Container;
 use crate::clock::unix_ms;
@@ -116,11 +116,30 @@ struct Inner {
 
 pub(crate) struct Observatory {
     inner: Mutex<Inner>,
-    marks: Mutex<VecDeque<Mark>>,
+    /// Written by the sensor's own thread.
+    marks: Arc<Mutex<VecDeque<Mark>>>,
+}
+
+fn note_mark(marks: &mut VecDeque<Mark>, mark: Mark) {
+    if marks.len() == MARKS_KEPT {
+        marks.pop_front();
+    }
+    marks.push_back(mark);
 }
 
 impl Observatory {
-    pub(crate) fn new(sensor: Option<Sensor>) -> Self {
+    pub(crate) fn new(mut sensor: Option<Sensor>) -> Self {
+        let marks = Arc::new(Mutex::new(VecDeque::with_capacity(MARKS_KEPT)));
+        let kept = Arc::clone(&marks);
+        let taken = sensor.as_mut().map(|sensor| {
+            sensor.on_marks(move |mark| {
+                note_mark(&mut lock(&kept), mark);
+                Taken::Yes
+            })
+        });
+        if let Some(Err(error)) = taken {
+            tracing::warn!("blackouts are not measured in the kernel: {error}");
+        }
         let inner = Inner {
             sensor,
             last_cut: Instant::now(),
@@ -128,19 +147,11 @@ impl Observatory {
             others: Others::default(),
             live: None,
         };
-        Self { inner: Mutex::new(inner), marks: Mutex::new(VecDeque::new()) }
+        Self { inner: Mutex::new(inner), marks }
     }
 
     pub(crate) fn with_sensor<T>(&self, read: impl FnOnce(&mut Sensor) -> T) -> Option<T> {
         lock(&self.inner).sensor.as_mut().map(read)
-    }
-
-    pub(crate) fn note_mark(&self, mark: Mark) {
-        let mut marks = lock(&self.marks);
-        if marks.len() == MARKS_KEPT {
-            marks.pop_front();
-        }
-        marks.push_back(mark);
     }
 
     /// Which cgroups count for a service from now on.

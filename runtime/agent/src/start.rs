@@ -44,15 +44,11 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
         ..EmbeddedConfig::default()
     })?);
     let history = History::open(config.state_dir.join("history"))?;
-    let mut sensor = load_sensor();
-    let marks = sensor.as_mut().and_then(|sensor| {
-        sensor.marks().inspect_err(|error| tracing::warn!("blackouts are not measured in the kernel: {error}")).ok()
-    });
     let shared = Arc::new(Shared::new(
         config,
         backend,
         history,
-        Observatory::new(sensor),
+        Observatory::new(load_sensor()),
         Forecaster::new(ForecastConfig::default()),
     ));
     trainer::restore(&shared);
@@ -71,19 +67,6 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     spawn("train", Box::new(move || trainer::run(&training, &trains_until)))?;
     let (following, follows_until) = (Arc::clone(&shared), Arc::clone(&stop));
     spawn("cgroups", Box::new(move || containers::run(&following, &follows_until)))?;
-    if let Some(marks) = marks {
-        let (noting, notes_until) = (Arc::clone(&shared), Arc::clone(&stop));
-        spawn(
-            "marks",
-            Box::new(move || {
-                while !notes_until.load(Ordering::Relaxed) {
-                    if let Ok(mark) = marks.recv_timeout(std::time::Duration::from_millis(200)) {
-                        noting.observatory.note_mark(mark);
-                    }
-                }
-            }),
-        )?;
-    }
 
     let served = serve(&shared);
     stop.store(true, Ordering::Relaxed);

@@ -70,9 +70,21 @@ struct Subscriber {
     lost: Arc<AtomicU64>,
 }
 
+/// What became of a mark that was given to a taker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    Yes,
+    /// It had no room for it.
+    No,
+    /// It wants no more of them.
+    NoMore,
+}
+
+pub(crate) type MarkTaker = Box<dyn FnMut(Mark) -> Taken + Send>;
+
 enum Command {
     Subscribe(Subscriber),
-    Marks(Sender<Mark>),
+    Marks(MarkTaker),
     /// Read until both rings are empty, then answer.
     Flush(Sender<()>),
     Stop,
@@ -108,7 +120,7 @@ struct Worker {
 /// Who gets what.
 struct Router {
     subscribers: Vec<Subscriber>,
-    marks: Vec<Sender<Mark>>,
+    marks: Vec<MarkTaker>,
     tally: Arc<Tally>,
     unix_minus_monotonic_ns: u64,
     gone: bool,
@@ -190,11 +202,9 @@ impl Drain {
         Events { receiver, lost }
     }
 
-    pub(crate) fn marks(&self, capacity: usize) -> Receiver<Mark> {
-        let (sender, receiver) = bounded(capacity);
-        self.tell(Command::Marks(sender));
+    pub(crate) fn on_marks(&self, taker: MarkTaker) {
+        self.tell(Command::Marks(taker));
         self.flush();
-        receiver
     }
 
     /// Waits until everything emitted before has been read.
@@ -282,7 +292,7 @@ impl Worker {
                     self.router.subscribers.push(subscriber);
                     self.publish_wants();
                 }
-                Command::Marks(sender) => self.router.marks.push(sender),
+                Command::Marks(taker) => self.router.marks.push(taker),
                 Command::Flush(done) => {
                     self.urgent.drain(usize::MAX, |bytes| self.router.route(bytes));
                     self.drain_bulk();
@@ -322,16 +332,10 @@ impl Router {
     fn give_mark(&mut self, record: &Record) -> bool {
         let Some(mark) = Mark::of(record) else { return false };
         let mut given = false;
-        self.marks.retain(|taker| match taker.try_send(mark) {
-            Ok(()) => {
-                given = true;
-                true
-            }
-            Err(TrySendError::Full(_)) => {
-                tracing::warn!(?mark, "a taker of marks does not read them; this one is lost to it");
-                true
-            }
-            Err(TrySendError::Disconnected(_)) => false,
+        self.marks.retain_mut(|taker| {
+            let taken = taker(mark);
+            given |= taken == Taken::Yes;
+            taken != Taken::NoMore
         });
         given
     }

@@ -37,7 +37,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::Receiver;
+use crossbeam::channel::{Receiver, TrySendError, bounded};
 use warmswap_events::{SLOTS_MAX, map};
 use warmswap_model::{CgroupId, FeatureWindow};
 
@@ -46,7 +46,7 @@ pub use btf::BtfError;
 pub use catalog::ProbeStatus;
 pub use check::{Finding, FindingState, check};
 pub use cost::{RunStatistics, Runs};
-pub use drain::{Events, Subscription};
+pub use drain::{Events, Subscription, Taken};
 pub use error::SensorError;
 pub use event::{Classes, Detail, Event, Mark, Turn, UnknownClass, make_mark};
 pub use host::{CgroupMounts, cgroup_id, cgroup_path};
@@ -200,12 +200,31 @@ impl Sensor {
         Ok(events)
     }
 
-    /// Handover marks from now on, of all cgroups. Every taker gets all of them; up to 4,096 may wait.
+    /// Handover marks from now on, of all cgroups, as soon as they are here: `taker` is called in the draining thread, at its
+    /// priority, and must not wait for anything. Every taker gets all of them.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn on_marks(&mut self, taker: impl FnMut(Mark) -> Taken + Send + 'static) -> Result<()> {
+        self.drain()?.on_marks(Box::new(taker));
+        Ok(())
+    }
+
+    /// The same through a queue, in which up to 4,096 may wait.
     ///
     /// # Errors
     /// As [`Self::start`].
     pub fn marks(&mut self) -> Result<Receiver<Mark>> {
-        Ok(self.drain()?.marks(MARKS_MAX))
+        let (sender, receiver) = bounded(MARKS_MAX);
+        self.on_marks(move |mark| match sender.try_send(mark) {
+            Ok(()) => Taken::Yes,
+            Err(TrySendError::Full(_)) => {
+                tracing::warn!(?mark, "a taker of marks does not read them; this one is lost to it");
+                Taken::No
+            }
+            Err(TrySendError::Disconnected(_)) => Taken::NoMore,
+        })?;
+        Ok(receiver)
     }
 
     /// Waits until everything the probes sent before has reached its queue.
