@@ -156,7 +156,7 @@ impl Work {
                 Ok(during)
             }
             Who::Nothing => {
-                let _floor = Floor::attach()?;
+                let _floor = Floor::at_exit()?;
                 self.block(worker)
             }
         }

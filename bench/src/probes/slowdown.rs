@@ -7,11 +7,13 @@
 //! One CPU does the work and nothing else, so CPU time is what the work costs whatever else the host does; client and server
 //! share it, so what the kernel does between them is in it too. A short piece of work after each change is not counted.
 
+use std::any::Any;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
+use super::floor::{self, Floor};
 use super::jobs::{PIECE_BYTES, PIECES};
 use super::tools::{COUNT_BY_CGROUP, EXECSNOOP, OPENSNOOP, Tool};
 use super::worker::{Task, Took, Worker};
@@ -27,16 +29,16 @@ const WARM_UP_SHARE: f64 = 0.1;
 /// Its client takes some milliseconds to begin, which are no requests.
 const REDIS_BLOCKS: f64 = 2.0;
 
-/// How many cycles with our probes and with a peer, and how long a block is.
+/// How many cycles with our probes and with a peer or nothing, and how long a block is.
 #[derive(Clone, Copy)]
 struct Plan {
     ours: usize,
-    peers: usize,
+    others: usize,
     block_ns: f64,
 }
 
-const QUICK: Plan = Plan { ours: 6, peers: 0, block_ns: 50e6 };
-const WHOLE: Plan = Plan { ours: 40, peers: 12, block_ns: 120e6 };
+const QUICK: Plan = Plan { ours: 6, others: 0, block_ns: 50e6 };
+const WHOLE: Plan = Plan { ours: 40, others: 12, block_ns: 120e6 };
 
 impl Plan {
     const fn of(quick: bool) -> Self {
@@ -51,6 +53,8 @@ struct Job {
     /// So much of it.
     task: Box<dyn Fn(u32) -> Task>,
     peer: &'static Tool,
+    /// Programs that do nothing at the hooks that matter here.
+    floor: Option<fn() -> Result<Floor>>,
 }
 
 pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
@@ -66,6 +70,7 @@ pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
         conditions,
         task: Box::new(move |count| Task::Programs { program: program.clone(), count }),
         peer: &EXECSNOOP,
+        floor: None,
     };
     measure(ground, &job, None, Plan::of(quick))
 }
@@ -84,6 +89,7 @@ pub(super) fn files(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
             conditions,
             task: Box::new(move |rounds| Task::Files { folder: folder.clone(), rounds }),
             peer: &OPENSNOOP,
+            floor: None,
         };
         rows.extend(measure(ground, &job, None, Plan::of(quick))?);
     }
@@ -132,6 +138,7 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
                 Task::Ask { program: program.clone(), arguments: arguments.map(str::to_owned).into() }
             }),
             peer: &COUNT_BY_CGROUP,
+            floor: Some(Floor::at_packets),
         };
         rows.extend(measure(ground, &job, Some(&mut worker), plan)?);
     }
@@ -157,41 +164,39 @@ fn measure(ground: &Ground, job: &Job, worker: Option<&mut Worker>, plan: Plan) 
     let conditions = job.conditions.iter().map(|(key, value)| format!(" {key}={value}")).collect::<String>();
     let mut progress = Progress::begin(format_args!("{}{conditions}", job.id));
     let count = amount(worker, job, plan.block_ns)?;
-    let mut cycles = Vec::with_capacity(plan.ours);
-    for cycle in 0..plan.ours {
-        cycles.push(one_cycle(worker, job, count, || ours::attach(ground, true))?);
-        progress.at(format_args!("{} of {} cycles", cycle + 1, plan.ours));
-    }
-    let ours = filled(Row::new(job.id, None, "×", cycles.len(), &job.conditions), &cycles, count).at_most(TARGET);
-    if plan.peers == 0 {
+    let mut cycles = |who: &str, number, attach: &dyn Fn() -> Result<Box<dyn Any>>| -> Result<Vec<Cycle>> {
+        let mut done = Vec::with_capacity(number);
+        while done.len() < number {
+            done.push(one_cycle(worker, job, count, attach)?);
+            progress.at(format_args!("{who}: {} of {number} cycles", done.len()));
+        }
+        Ok(done)
+    };
+    let row =
+        |id: &str, cycles: &[Cycle]| filled(Row::new(id, None, "×", cycles.len(), &job.conditions), cycles, count);
+    let ours =
+        row(job.id, &cycles("warmswap", plan.ours, &|| Ok(Box::new(ours::attach(ground, true)?)))?).at_most(TARGET);
+    if plan.others == 0 {
         return Ok(vec![ours]);
     }
-    let (id, peer) = (format!("{}_peer", job.id), job.peer.name);
-    match under(job.peer, worker, job, count, plan.peers, &mut progress) {
-        Ok(theirs) => {
-            let row = filled(Row::new(&id, None, "×", theirs.len(), &job.conditions), &theirs, count);
-            let note = row.note.as_ref().map(|note| format!("{peer}; {note}"));
-            Ok(vec![ours.beside(peer, row.value, None), row.note(note)])
-        }
-        Err(error) if error.is::<interrupt::Interrupted>() => Err(error),
-        Err(error) => Ok(vec![ours, Row::left_out(&id, "×", peer, &reason(&error), &job.conditions)]),
+    // Who cannot be had is left out.
+    let mut other =
+        |id: &str, who: &'static str, attach: &dyn Fn() -> Result<Box<dyn Any>>| match cycles(who, plan.others, attach)
+        {
+            Ok(theirs) => {
+                let row = row(id, &theirs);
+                let note = row.note.as_ref().map(|note| format!("{who}; {note}"));
+                Ok(row.note(note))
+            }
+            Err(error) if error.is::<interrupt::Interrupted>() => Err(error),
+            Err(error) => Ok(Row::left_out(id, "×", who, &reason(&error), &job.conditions)),
+        };
+    let peer = other(&format!("{}_peer", job.id), job.peer.name, &|| Ok(Box::new(job.peer.attach()?)))?;
+    let mut rows = vec![ours.beside(job.peer.name, peer.value, None), peer];
+    if let Some(floor) = job.floor {
+        rows.push(other(&format!("{}_floor", job.id), floor::NAME, &|| Ok(Box::new(floor()?)))?);
     }
-}
-
-fn under(
-    tool: &Tool,
-    worker: &mut Worker,
-    job: &Job,
-    count: u32,
-    cycles: usize,
-    progress: &mut Progress,
-) -> Result<Vec<Cycle>> {
-    let mut done = Vec::with_capacity(cycles);
-    while done.len() < cycles {
-        done.push(one_cycle(worker, job, count, || tool.attach())?);
-        progress.at(format_args!("{}: {} of {cycles} cycles", tool.name, done.len()));
-    }
-    Ok(done)
+    Ok(rows)
 }
 
 fn filled(row: Row, cycles: &[Cycle], count: u32) -> Row {
