@@ -320,8 +320,9 @@ fn every_flipped_byte_truncation_and_newer_version_is_refused() {
     longer.push(0);
     assert!(matches!(forecaster.import(&longer), Err(ImportError::WrongLength { .. })));
     let mut newer = image.clone();
-    newer[8] = 2;
-    assert_eq!(forecaster.import(&newer), Err(ImportError::OtherVersion { found: 2, known: 1 }));
+    let known = u32::from(image[8]);
+    newer[8] += 1;
+    assert_eq!(forecaster.import(&newer), Err(ImportError::OtherVersion { found: known + 1, known }));
     let mut other = Forecaster::new(ForecastConfig { step_ms: 60_000, ..ForecastConfig::default() });
     assert!(matches!(other.import(&image), Err(ImportError::OtherClock { .. })));
     assert_eq!(forecaster.demand(&service(0)), demand, "the baseline goes on serving");

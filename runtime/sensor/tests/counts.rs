@@ -336,6 +336,46 @@ fn reads_from_a_terminal_are_input_and_reads_from_a_pipe_are_not() {
 }
 
 #[test]
+fn a_program_that_is_started_with_a_terminal_is_noticed_by_itself() {
+    let mut sensor = sensor_or_leave!("a_program_that_is_started_with_a_terminal_is_noticed_by_itself");
+    need_probe!("a_program_that_is_started_with_a_terminal_is_noticed_by_itself", sensor, "input", "exec");
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let (mut master, mut slave) = (0, 0);
+    let null = std::ptr::null_mut();
+    // SAFETY: room for two descriptors, no names or settings.
+    assert_eq!(unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) }, 0);
+    let child = cgroup.spawn(move || {
+        // SAFETY: our own descriptors and constant texts; the last argument ends the list.
+        unsafe {
+            libc::dup2(slave, 0);
+            libc::execl(c"/bin/cat".as_ptr(), c"cat".as_ptr(), std::ptr::null::<libc::c_char>());
+        }
+        98
+    });
+    let mut until = |what: fn(&warmswap_model::ProbeCounts) -> u64| {
+        let begin = Instant::now();
+        while what(&window(&mut sensor).counts) == 0 {
+            assert!(begin.elapsed() < Duration::from_secs(10), "it is not counted");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    until(|counts| counts.execs);
+    // SAFETY: live buffers and our own descriptor.
+    let type_in = |text: &[u8]| unsafe { libc::write(master, text.as_ptr().cast(), text.len()) };
+    assert_eq!(type_in(b"a line\n"), 7);
+    until(|counts| counts.tty_inputs);
+    // The end of the input.
+    assert_eq!(type_in(b"\x04"), 1);
+    assert_eq!(child.wait(), 0);
+    // SAFETY: our own descriptors, closed once.
+    unsafe {
+        libc::close(master);
+        libc::close(slave);
+    }
+}
+
+#[test]
 fn what_the_probes_cost_is_measured_when_somebody_asks() {
     let mut sensor = sensor_or_leave!("what_the_probes_cost_is_measured_when_somebody_asks");
     need_probe!("what_the_probes_cost_is_measured_when_somebody_asks", sensor, "run-time");

@@ -1,6 +1,4 @@
-//! What is read and written through descriptors by every call that does so, and run time.
-
-use std::time::Instant;
+//! What is read and written through descriptors by every call that does so.
 
 use crate::report::Report;
 use crate::stage::Stage;
@@ -10,7 +8,6 @@ const TIMES: u64 = 100;
 const BYTES: u64 = 512;
 /// read, pread64, readv, preadv, preadv2, and the same of write.
 const WAYS: u64 = 5;
-const BURN_MS: u64 = 300;
 
 pub(crate) fn drive(sensor: &mut Sensor, report: &mut Report) {
     let mut stage = Stage::new(sensor);
@@ -22,16 +19,6 @@ pub(crate) fn drive(sensor: &mut Sensor, report: &mut Report) {
     count!(report, "file-bytes", counts.read_bytes == TIMES * WAYS * BYTES + 1);
     count!(report, "file-bytes", counts.writes == TIMES * WAYS);
     count!(report, "file-bytes", counts.write_bytes == TIMES * WAYS * BYTES);
-
-    let begin = Instant::now();
-    let status = stage.cgroup.run(|| burn(BURN_MS));
-    assert_eq!(status, 0, "the work itself failed");
-    // The process's own clock leaves out stolen and interrupt time, which ours contains; in an emulated machine that can be
-    // most of it. One thread cannot have run for longer than the time that has passed. Some hosts do not trace every
-    // switch: then a slice is counted for the one before or after.
-    let passed_ns = begin.elapsed().as_nanos() as u64;
-    let run_ns = stage.counts().run_ns;
-    report.within("run-time", "run_ns", BURN_MS * 900_000..passed_ns + BURN_MS * 100_000, run_ns);
 }
 
 fn read_and_write() -> i32 {
@@ -63,16 +50,4 @@ fn read_and_write() -> i32 {
         libc::write(-1, bytes.cast(), 1);
     }
     failed
-}
-
-fn burn(ms: u64) -> i32 {
-    let cpu_ms = || {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: our own stack.
-        unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
-        (time.tv_sec * 1000 + time.tv_nsec / 1_000_000) as u64
-    };
-    let begin = cpu_ms();
-    while cpu_ms() - begin < ms {}
-    0
 }

@@ -81,13 +81,12 @@ impl Report {
         self.compared(probe, what, seen == expected, &format!("{expected:?}"), &format!("{seen:?}"));
     }
 
-    /// For what has no exact number: time.
-    pub(crate) fn within(&mut self, probe: &str, what: &str, expected: Range<u64>, seen: u64) {
+    fn within(&mut self, probe: &str, what: &str, expected: Range<u64>, seen: u64) {
         self.compared(probe, what, expected.contains(&seen), &format!("{expected:?}"), &seen.to_string());
     }
 
     /// For what is counted as tasks are switched. Some hosts (virtual machines, of their own init) do not trace every switch;
-    /// then a slice is counted for the task before or after.
+    /// then a slice is counted late.
     pub(crate) fn by_switches(&mut self, probe: &str, what: &str, expected: u64, seen: u64) {
         if all_is_here() {
             self.exact(probe, what, expected, seen);
