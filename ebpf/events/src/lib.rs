@@ -39,8 +39,6 @@ pub mod map {
     pub const CONTROL: &str = "CONTROL";
     /// `class` → [`crate::ClassAccount`].
     pub const ACCOUNT: &str = "ACCOUNT";
-    /// Socket cookie → request state; private to the probes.
-    pub const REQUESTS: &str = "REQUESTS";
     /// (cgroup, device queue) → next sector; private to the probes.
     pub const BLOCK_NEXT: &str = "BLOCK_NEXT";
     /// `slot` → when the last request arrived; private to the probes.
@@ -261,25 +259,10 @@ pub struct Histogram {
     pub buckets: [u64; BUCKETS],
 }
 
-/// Who runs on a CPU, written at every switch, so that what it has counted can be asked for while it runs.
-#[derive(Debug, Clone, Copy, Default)]
+/// What the kernel counts for a task. What grows little in one turn is kept modulo 2³².
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
-pub struct Running {
-    pub slot: u64,
-    /// The address of its `task_struct`.
-    pub task: u64,
-    pub reserved: [u64; 6],
-}
-
-/// Up to where a task's own counters are charged to a slot; see `probes::schedule`. The probe writes `task = 0` first and
-/// `task` last. Counters whose growth in one turn is small are kept modulo 2³².
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct Charged {
-    /// The address of its `task_struct`; 0 when nothing is known.
-    pub task: u64,
-    pub pid: u32,
-    pub slot: u32,
+pub struct Counted {
     pub run_ns: u64,
     pub run_delay_ns: u64,
     pub read_bytes: u64,
@@ -288,6 +271,49 @@ pub struct Charged {
     pub writes: u32,
     pub minor_faults: u32,
     pub major_faults: u32,
+}
+
+/// Who runs on a CPU since the last switch.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Running {
+    /// The address of its `task_struct`.
+    pub task: u64,
+    pub pid: u32,
+    pub slot: u32,
+    /// Up to what it is charged; without a meaning for slot 0.
+    pub counted: Counted,
+}
+
+/// Up to what a task was charged as it left its CPU, for hosts that do not tell every switch; see `probes::schedule`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Charged {
+    /// [`Self::key_of`] the rest and the address of its `task_struct`; 0 when nothing is known.
+    pub key: u64,
+    pub pid: u32,
+    pub slot: u32,
+    pub counted: Counted,
+}
+
+impl Charged {
+    /// Another one when the task, or any of the words that are not its alone, is another: two tasks may share a place, and two
+    /// CPUs may write to it at once.
+    #[inline(always)]
+    #[must_use]
+    pub const fn key_of(&self, task: u64) -> u64 {
+        let Counted { run_ns, run_delay_ns, read_bytes, write_bytes, reads, writes, minor_faults, major_faults } =
+            self.counted;
+        let calls = (reads as u64) << 32 | writes as u64;
+        let faults = (minor_faults as u64) << 32 | major_faults as u64;
+        task ^ ((self.pid as u64) << 32 | self.slot as u64)
+            ^ run_ns.rotate_left(7)
+            ^ run_delay_ns.rotate_left(14)
+            ^ read_bytes.rotate_left(21)
+            ^ write_bytes.rotate_left(28)
+            ^ calls.rotate_left(35)
+            ^ faults.rotate_left(42)
+    }
 }
 
 /// Places for [`Charged`], by process id modulo this.
@@ -400,6 +426,7 @@ const _: () = {
     assert!(size_of::<Counters>() == 256);
     assert!(SLOTS_MAX <= 1 << u16::BITS);
     assert!(size_of::<Running>() == 64);
+    assert!(size_of::<Counted>() == 48);
     assert!(size_of::<Charged>() == 64);
     assert!(size_of::<Control>() == 32);
     assert!(size_of::<ClassAccount>() == 24);

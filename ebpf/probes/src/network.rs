@@ -14,7 +14,7 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
-use warmswap_events::{CacheWord, Distribution, LANE_EGRESS, LANE_INGRESS};
+use warmswap_events::{Distribution, LANE_EGRESS, LANE_INGRESS, SLOTS_MAX};
 
 use crate::emit::now_ns;
 use crate::maps::{ASKED, CONNECTIONS, add_shared, counters, cpu, record};
@@ -31,10 +31,13 @@ const FLAG_ACK: u8 = 0x10;
 const IDLE: u64 = 0;
 const CLIENT: u64 = u64::MAX;
 
+const SLOT_BITS: u32 = SLOTS_MAX.trailing_zeros();
+const SLOT_MASK: u64 = SLOTS_MAX as u64 - 1;
+
 /// What is kept with a TCP socket.
 #[repr(C)]
 pub(crate) struct Connection {
-    /// The slot, and the epoch of which it is; a [`CacheWord`] of no cgroup.
+    /// The slot, and above it the epoch of which it is, all of it: a connection may be silent for long.
     owner: u64,
     request: u64,
 }
@@ -99,21 +102,24 @@ fn whose(skb: *mut __sk_buff, cpu: u32, lane: u32) -> (u32, Option<*mut Connecti
     if !connects {
         return (cgroup::of_skb(cpu, lane, skb), None, socket);
     }
-    // Of no cgroup, because a socket never leaves the one that it is of.
-    let key = CacheWord::key(0, cgroup::epoch());
+    let epoch = cgroup::epoch() << SLOT_BITS;
     let mut connection = kept(socket, core::ptr::null_mut());
-    if !connection.is_null() {
-        // SAFETY: the lookup succeeded; one word.
-        let owner = CacheWord(unsafe { (*connection).owner });
-        if owner.matches(key) {
-            return (owner.slot(), Some(connection), socket);
-        }
+    // SAFETY: looked at for null first; one word.
+    let before = if connection.is_null() { 0 } else { unsafe { (*connection).owner } };
+    if !connection.is_null() && before & !SLOT_MASK == epoch {
+        return ((before & SLOT_MASK) as u32, Some(connection), socket);
     }
     let slot = cgroup::of_skb(cpu, lane, skb);
-    let owner = key | u64::from(slot);
+    let owner = epoch | u64::from(slot);
     if !connection.is_null() {
         // SAFETY: as above.
-        unsafe { (*connection).owner = owner };
+        unsafe {
+            (*connection).owner = owner;
+            // What was asked while it was somebody else's, or nobody's, is answered in no time that counts.
+            if before & SLOT_MASK != u64::from(slot) && (*connection).request != CLIENT {
+                (*connection).request = IDLE;
+            }
+        }
     } else if slot != 0 {
         let mut first = Connection { owner, request: IDLE };
         connection = kept(socket, &raw mut first);

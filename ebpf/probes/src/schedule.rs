@@ -2,18 +2,19 @@
 //! Who is watched pays once a switch for it, and nothing per call or fault.
 //!
 //! ```text
-//!  task gets a CPU    its counters so far ─▶ CHARGED, unless they are there
-//!  task leaves it     its counters now − CHARGED ─▶ COUNTERS; now ─▶ CHARGED
-//!  sensor wants to know, while it runs:  the same as when it leaves (`take_stock`)
+//!  task gets a CPU    its counters so far ─▶ RUNNING[cpu]
+//!  task leaves it     its counters now − RUNNING[cpu] ─▶ COUNTERS
+//!  sensor wants to know, while it runs:  as if it left and came back (`take_stock`)
 //! ```
 //!
-//! `CHARGED` is by task and not by CPU, so a task that is moved to another CPU, or a switch that was not told, loses nothing.
-//! Two tasks may share a place; then whoever comes back to it begins anew, and the turn in between is charged to nobody.
+//! Some hosts do not tell every switch. So what a task is charged up to is also kept by task, in `CHARGED`: whoever leaves a CPU
+//! without having come to it is charged from there, and whoever has left it untold is charged by the next switch. Two tasks
+//! may share a place there; then the turn is charged to nobody.
 
 use aya_ebpf::helpers::generated::bpf_get_current_task;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use warmswap_events::{CHARGED_TASKS, Charged, OFFSET_MISSING};
+use warmswap_events::{CHARGED_TASKS, Charged, Counted, OFFSET_MISSING};
 
 use crate::cgroup;
 use crate::maps::{CHARGED, RUNNING, add, counters, cpu, layout};
@@ -63,13 +64,10 @@ impl Task {
         }
     }
 
-    /// Its counters now. Of the words the lower half, where that is all that is kept.
+    /// Its counters now. Of some words the lower half, where that is all that is kept.
     #[inline(always)]
-    fn counted(self, pid: u32, slot: u32) -> Charged {
-        Charged {
-            task: self.address(),
-            pid,
-            slot,
+    fn counted(self) -> Counted {
+        Counted {
             run_ns: self.at(layout!(task_run_time)),
             run_delay_ns: self.at(layout!(task_run_delay)),
             read_bytes: self.at(layout!(task_read_bytes)),
@@ -95,141 +93,119 @@ pub(crate) fn switch(ctx: RawTracePointContext) -> i32 {
     switched(Task::Raw(ctx.arg(1)), Task::Raw(ctx.arg(2)))
 }
 
-/// Not attached anywhere: the sensor runs it on a CPU whose task it wants to know about, which it interrupts.
+/// Not attached anywhere: the sensor runs it on a CPU whose task it wants to know about, which it interrupts. The task is charged
+/// where it belonged, and begins anew where it belongs now.
 #[raw_tracepoint(tracepoint = "sched_switch")]
 pub(crate) fn take_stock(_ctx: RawTracePointContext) -> i32 {
-    let cpu = cpu();
-    let Some(running) = RUNNING.get_ptr(cpu) else { return 0 };
-    // SAFETY: the helper has no preconditions; the lookup succeeded, and no switch comes in between.
-    let (current, task, slot) = unsafe { (bpf_get_current_task(), (*running).task, (*running).slot as u32) };
-    if current == task {
-        charge_known(cpu, task, slot);
-    } else {
-        charge_untold(cpu, task, slot);
-    }
-    0
+    // SAFETY: the helper has no preconditions. No switch comes in between.
+    let current = Task::Raw(unsafe { bpf_get_current_task() });
+    switched(current, current)
 }
 
 #[inline(always)]
 fn switched(leaves: Task, gets: Task) -> i32 {
     let cpu = cpu();
     let Some(running) = RUNNING.get_ptr_mut(cpu) else { return 0 };
-    // SAFETY: the lookup succeeded; only this program on this CPU writes here, with interrupts off.
-    let (ran, task) = unsafe { ((*running).slot as u32, (*running).task) };
-    let pid = leaves.pid();
-    if pid != 0 {
-        let slot = if task == leaves.address() {
-            ran
-        } else {
-            charge_untold(cpu, task, ran);
-            leaves.slot(cpu)
-        };
-        if slot != 0 {
-            charge(cpu, leaves, pid, slot);
+    // SAFETY: the lookup succeeded; only these programs on this CPU write here, and none interrupts another.
+    let (task, ran, before) = unsafe { ((*running).task, (*running).slot, (*running).counted) };
+    if task != leaves.address() {
+        if ran != 0 {
+            charge_untold(cpu);
         }
+        charge_unseen(cpu, leaves);
+    } else if ran != 0 {
+        let now = leaves.counted();
+        add_since(cpu, ran, &before, &now);
+        note(leaves, ran, now);
     }
     let pid = gets.pid();
     let slot = if pid == 0 { 0 } else { gets.slot(cpu) };
-    if slot != 0 {
-        begin(gets, pid, slot);
-    }
     // SAFETY: as above.
     unsafe {
         (*running).task = gets.address();
-        (*running).slot = u64::from(slot);
+        (*running).pid = pid;
+        (*running).slot = slot;
+        if slot != 0 {
+            (*running).counted = gets.counted();
+        }
     }
     0
 }
 
-#[inline(always)]
-fn place(pid: u32) -> Option<*mut Charged> {
-    CHARGED.get_ptr_mut(pid % CHARGED_TASKS)
-}
-
-/// Whether the place is about this task in this slot.
-#[inline(always)]
-fn is_of(place: *const Charged, task: Task, pid: u32, slot: u32) -> bool {
-    // SAFETY: the callers' lookup succeeded; whole words.
-    unsafe {
-        core::ptr::read_volatile(&raw const (*place).task) == task.address()
-            && (*place).pid == pid
-            && (*place).slot == slot
-    }
-}
-
-/// What the task has counted up to here is nobody's, unless it was charged before.
-#[inline(always)]
-fn begin(task: Task, pid: u32, slot: u32) {
-    if let Some(place) = place(pid)
-        && !is_of(place, task, pid, slot)
-    {
-        note(place, &task.counted(pid, slot));
-    }
-}
-
-/// Charges the slot with what the task has counted since it was charged last.
-#[inline(always)]
-fn charge(cpu: u32, task: Task, pid: u32, slot: u32) {
-    let (Some(counters), Some(place)) = (counters(slot, cpu), place(pid)) else { return };
-    let now = task.counted(pid, slot);
-    if is_of(place, task, pid, slot) {
-        // SAFETY: the lookup succeeded. Another task that shares the place may write to it from another CPU; whether it has
-        // begun to is asked afterwards.
-        let before = unsafe { core::ptr::read_volatile(place) };
-        if is_of(place, task, pid, slot) {
-            // At once when nothing was counted, as in most turns of most tasks.
-            if now.reads != before.reads || now.writes != before.writes {
-                let since = |now: u32, before: u32| u64::from(now.saturating_sub(before));
-                add!(counters, reads, since(now.reads, before.reads));
-                add!(counters, writes, since(now.writes, before.writes));
-                add!(counters, read_bytes, now.read_bytes.saturating_sub(before.read_bytes));
-                add!(counters, write_bytes, now.write_bytes.saturating_sub(before.write_bytes));
-            }
-            let minor = u64::from(now.minor_faults.saturating_sub(before.minor_faults));
-            let major = u64::from(now.major_faults.saturating_sub(before.major_faults));
-            add!(counters, page_faults, minor + major);
-            add!(counters, major_faults, major);
-            add!(counters, run_ns, now.run_ns.saturating_sub(before.run_ns));
-            add!(counters, run_delay_ns, now.run_delay_ns.saturating_sub(before.run_delay_ns));
-        }
-    }
-    note(place, &now);
-}
-
-/// Some hosts do not tell every switch: then whoever ran last has left this CPU, and may have ended. When he runs on another one
-/// now, he is charged there.
+/// Whoever ran here last has left untold. When it runs on another CPU now, it is charged there; it may have ended too, and
+/// another task be where it was.
 #[inline(never)]
-fn charge_untold(cpu: u32, task: u64, slot: u32) {
-    if read::at::<u32>(task, layout!(task_on_cpu)) == Some(0) {
-        charge_known(cpu, task, slot);
+fn charge_untold(cpu: u32) {
+    let Some(running) = RUNNING.get_ptr(cpu) else { return };
+    // SAFETY: the lookup succeeded.
+    let running = unsafe { *running };
+    let task = Task::Raw(running.task);
+    if task.pid() != running.pid || task.at::<u32>(layout!(task_on_cpu)) != 0 {
+        return;
+    }
+    let now = task.counted();
+    // It may have been elsewhere since, and be charged for that.
+    let before = match charged(task, running.slot) {
+        Some(charged) if charged.run_ns > running.counted.run_ns => charged,
+        _ => running.counted,
+    };
+    add_since(cpu, running.slot, &before, &now);
+    note(task, running.slot, now);
+}
+
+/// Whoever leaves has come untold.
+#[inline(always)]
+fn charge_unseen(cpu: u32, task: Task) {
+    let slot = if task.pid() == 0 { 0 } else { task.slot(cpu) };
+    if slot != 0 {
+        let now = task.counted();
+        if let Some(before) = charged(task, slot) {
+            add_since(cpu, slot, &before, &now);
+        }
+        note(task, slot, now);
     }
 }
 
-/// Only what the place is about: another task may be where this one was.
+/// Up to what the task was charged to the slot, when that is known: another may have taken the place.
 #[inline(always)]
-fn charge_known(cpu: u32, task: u64, slot: u32) {
-    let task = Task::Raw(task);
+fn charged(task: Task, slot: u32) -> Option<Counted> {
     let pid = task.pid();
-    if slot != 0 && place(pid).is_some_and(|place| is_of(place, task, pid, slot)) {
-        charge(cpu, task, pid, slot);
+    let place = CHARGED.get_ptr(pid % CHARGED_TASKS)?;
+    // SAFETY: the lookup succeeded. Another CPU may write meanwhile, which the key tells.
+    let found = unsafe { core::ptr::read_volatile(place) };
+    let known = found.pid == pid && found.slot == slot && found.key == found.key_of(task.address());
+    if known { Some(found.counted) } else { None }
+}
+
+#[inline(always)]
+fn note(task: Task, slot: u32, counted: Counted) {
+    let pid = task.pid();
+    if let Some(place) = CHARGED.get_ptr_mut(pid % CHARGED_TASKS) {
+        let mut now = Charged { key: 0, pid, slot, counted };
+        now.key = now.key_of(task.address());
+        // SAFETY: the lookup succeeded.
+        unsafe { core::ptr::write_volatile(place, now) };
     }
 }
 
 #[inline(always)]
-fn note(place: *mut Charged, now: &Charged) {
-    // SAFETY: the callers' lookup succeeded. In the order that `Charged` promises.
-    unsafe {
-        core::ptr::write_volatile(&raw mut (*place).task, 0);
-        (*place).pid = now.pid;
-        (*place).slot = now.slot;
-        (*place).run_ns = now.run_ns;
-        (*place).run_delay_ns = now.run_delay_ns;
-        (*place).read_bytes = now.read_bytes;
-        (*place).write_bytes = now.write_bytes;
-        (*place).reads = now.reads;
-        (*place).writes = now.writes;
-        (*place).minor_faults = now.minor_faults;
-        (*place).major_faults = now.major_faults;
-        core::ptr::write_volatile(&raw mut (*place).task, now.task);
-    }
+fn add_since(cpu: u32, slot: u32, before: &Counted, now: &Counted) {
+    let Some(counters) = counters(slot, cpu) else { return };
+    add!(counters, run_ns, now.run_ns.saturating_sub(before.run_ns));
+    add!(counters, run_delay_ns, now.run_delay_ns.saturating_sub(before.run_delay_ns));
+    add!(counters, read_bytes, now.read_bytes.saturating_sub(before.read_bytes));
+    add!(counters, write_bytes, now.write_bytes.saturating_sub(before.write_bytes));
+    add!(counters, reads, lower_since(before.reads, now.reads));
+    add!(counters, writes, lower_since(before.writes, now.writes));
+    let minor = lower_since(before.minor_faults, now.minor_faults);
+    let major = lower_since(before.major_faults, now.major_faults);
+    add!(counters, page_faults, minor + major);
+    add!(counters, major_faults, major);
+}
+
+/// Of counters of which the lower half is kept. Half of all it can be is no growth of one turn.
+#[inline(always)]
+fn lower_since(before: u32, now: u32) -> u64 {
+    let grown = now.wrapping_sub(before);
+    if grown >> 31 == 0 { u64::from(grown) } else { 0 }
 }

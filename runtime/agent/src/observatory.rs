@@ -5,14 +5,15 @@
 //! so a measurement can begin and end between ticks without taking anything from the windows.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::Receiver;
 use warmswap_model::{
     Blackout, CgroupId, Durations, FeatureWindow, Generation, LatencyHistogram, Measurements, PerResource, ProbeCounts,
     ServiceName,
 };
-use warmswap_sensor::{Mark, Sensor, Taken};
+use warmswap_sensor::{Mark, Sensor};
 
 use crate::api::Container;
 use crate::clock::unix_ms;
@@ -116,30 +117,17 @@ struct Inner {
 
 pub(crate) struct Observatory {
     inner: Mutex<Inner>,
-    /// Written by the sensor's own thread.
-    marks: Arc<Mutex<VecDeque<Mark>>>,
-}
-
-fn note_mark(marks: &mut VecDeque<Mark>, mark: Mark) {
-    if marks.len() == MARKS_KEPT {
-        marks.pop_front();
-    }
-    marks.push_back(mark);
+    /// From the sensor's own thread, which waits for nobody.
+    marks_coming: Option<Receiver<Mark>>,
+    /// The last of them.
+    marks: Mutex<VecDeque<Mark>>,
 }
 
 impl Observatory {
     pub(crate) fn new(mut sensor: Option<Sensor>) -> Self {
-        let marks = Arc::new(Mutex::new(VecDeque::with_capacity(MARKS_KEPT)));
-        let kept = Arc::clone(&marks);
-        let taken = sensor.as_mut().map(|sensor| {
-            sensor.on_marks(move |mark| {
-                note_mark(&mut lock(&kept), mark);
-                Taken::Yes
-            })
+        let marks_coming = sensor.as_mut().and_then(|sensor| {
+            sensor.marks().inspect_err(|error| tracing::warn!("blackouts are not measured in the kernel: {error}")).ok()
         });
-        if let Some(Err(error)) = taken {
-            tracing::warn!("blackouts are not measured in the kernel: {error}");
-        }
         let inner = Inner {
             sensor,
             last_cut: Instant::now(),
@@ -147,11 +135,23 @@ impl Observatory {
             others: Others::default(),
             live: None,
         };
-        Self { inner: Mutex::new(inner), marks }
+        Self { inner: Mutex::new(inner), marks_coming, marks: Mutex::new(VecDeque::with_capacity(MARKS_KEPT)) }
     }
 
     pub(crate) fn with_sensor<T>(&self, read: impl FnOnce(&mut Sensor) -> T) -> Option<T> {
         lock(&self.inner).sensor.as_mut().map(read)
+    }
+
+    /// The last marks, those that came meanwhile among them.
+    fn marks(&self) -> MutexGuard<'_, VecDeque<Mark>> {
+        let mut marks = lock(&self.marks);
+        for mark in self.marks_coming.iter().flat_map(Receiver::try_iter) {
+            if marks.len() == MARKS_KEPT {
+                marks.pop_front();
+            }
+            marks.push_back(mark);
+        }
+        marks
     }
 
     /// Which cgroups count for a service from now on.
@@ -345,6 +345,8 @@ impl Observatory {
 
     /// Ends the present one-second window of every service. `memory_mb` knows the memory of a service.
     pub(crate) fn tick(&self, memory_mb: impl Fn(&ServiceName) -> Option<f64>) -> Vec<(ServiceName, FeatureWindow)> {
+        // Before there are more than can wait.
+        drop(self.marks());
         let names: Vec<ServiceName> = lock(&self.inner).services.keys().cloned().collect();
         let memory: BTreeMap<ServiceName, Option<f64>> =
             names.into_iter().map(|name| (name.clone(), memory_mb(&name))).collect();
@@ -405,7 +407,7 @@ impl Observatory {
         let deadline = Instant::now() + MARK_DELAY_MAX;
         loop {
             {
-                let marks = lock(&self.marks);
+                let marks = self.marks();
                 let last = |kind: u32, generation: Generation, cgroup: Option<CgroupId>| {
                     marks.iter().rev().find(|mark| {
                         mark.mark == kind
@@ -469,6 +471,7 @@ fn add_network(to: &mut ProbeCounts, from: &ProbeCounts) {
     to.tx_packets += from.tx_packets;
     to.tx_bytes += from.tx_bytes;
     to.tcp_opened += from.tcp_opened;
+    to.accepts += from.accepts;
     to.tcp_closed += from.tcp_closed;
     to.tcp_resets += from.tcp_resets;
     to.tcp_resets_received += from.tcp_resets_received;
@@ -488,7 +491,6 @@ fn add_work(to: &mut ProbeCounts, from: &ProbeCounts) {
     to.block_requests += from.block_requests;
     to.block_bytes += from.block_bytes;
     to.block_sequential += from.block_sequential;
-    to.accepts += from.accepts;
     to.tty_inputs += from.tty_inputs;
     to.device_inputs += from.device_inputs;
     to.orientation_changes += from.orientation_changes;

@@ -36,7 +36,7 @@ pub struct ProbeCounts {
     pub tcp_resets_received: u64,
     /// TCP segments sent again.
     pub tcp_retransmits: u64,
-    /// Connections taken from listening sockets, of any kind.
+    /// Connections that TCP listeners took.
     pub accepts: u64,
     /// Reads from terminals (input frequency).
     pub tty_inputs: u64,
@@ -48,7 +48,7 @@ pub struct ProbeCounts {
     pub run_ns: u64,
     /// Time that tasks were ready to run and waited for a CPU, ns.
     pub run_delay_ns: u64,
-    /// Faults of user code, and those that had to wait for a disk.
+    /// Page faults that found or made the page, and those of them that had to wait for a disk.
     pub page_faults: u64,
     pub major_faults: u64,
 }

@@ -53,6 +53,15 @@ impl AtExit {
         self.typed
     }
 
+    pub(crate) const fn is_attached(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// Whether it stays attached, whoever reads input.
+    pub(crate) const fn is_kept(&self) -> bool {
+        self.always
+    }
+
     /// Attached from now on, whoever needs it.
     pub(crate) fn keep(&mut self, object: &mut Ebpf) -> Result<(), String> {
         self.need(object, true)?;

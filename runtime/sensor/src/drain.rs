@@ -235,6 +235,7 @@ impl Worker {
             self.wait(timeout);
             self.urgent.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
             if bulk_at.elapsed() >= self.interval {
+                self.router.forget_who_left();
                 self.drain_bulk();
                 bulk_at = Instant::now();
                 self.router.unix_minus_monotonic_ns = unix_minus_monotonic_ns();
@@ -340,6 +341,13 @@ impl Router {
         given
     }
 
+    /// One whose events are rare would be noticed late, and its classes be sent, and input looked for, meanwhile.
+    fn forget_who_left(&mut self) {
+        let before = self.subscribers.len();
+        self.subscribers.retain(|subscriber| Arc::strong_count(&subscriber.lost) > 1);
+        self.gone |= self.subscribers.len() < before;
+    }
+
     fn give_event(&mut self, class: Class, record: &Record, path: &[u8]) -> bool {
         let wants = |s: &Subscriber| s.wants.classes.contains(class) && (s.wants.everywhere || record.slot != 0);
         if !self.subscribers.iter().any(wants) {
@@ -419,7 +427,7 @@ fn clock_ns(clock: libc::clockid_t) -> u64 {
     (time.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec as u64)
 }
 
-pub(crate) fn monotonic_ns() -> u64 {
+fn monotonic_ns() -> u64 {
     clock_ns(libc::CLOCK_MONOTONIC)
 }
 

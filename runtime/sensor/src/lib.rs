@@ -1,7 +1,7 @@
 //! Loads the probes and turns their rings and counters into one-second feature windows.
 //!
 //! ```text
-//! probes ──counters, mapped──▶ windows()                  (no system call, no lock)
+//! probes ──counters, mapped──▶ windows()
 //!        ──urgent ring──▶ ┐
 //!        ──bulk ring────▶ ┴ draining thread ──▶ marks(), subscribe()
 //! ```
@@ -57,6 +57,7 @@ use account::{Losses, Tally};
 use drain::{Drain, Sources};
 use load::Loaded;
 use ports::Ports;
+use readers::Lookout;
 use windows::Watched;
 
 pub type Result<T> = std::result::Result<T, SensorError>;
@@ -136,6 +137,10 @@ pub struct Sensor {
     free: VecDeque<u32>,
     tally: Arc<Tally>,
     losses: Losses,
+    /// `None` when it could not be had, which was said.
+    lookout: Option<Lookout>,
+    /// Whether it was said that input cannot be counted.
+    input_refused: bool,
 }
 
 impl Sensor {
@@ -161,6 +166,10 @@ impl Sensor {
             free,
             tally: Arc::default(),
             losses: Losses::default(),
+            lookout: Lookout::start()
+                .inspect_err(|error| tracing::warn!(%error, "input is counted only while somebody traces it"))
+                .ok(),
+            input_refused: false,
         })
     }
 
@@ -264,7 +273,9 @@ impl Sensor {
         link_block(&mut self.loaded, &self.mounts, &mut watched);
         self.watched.push(watched);
         self.raise_epoch();
-        self.look_for_readers(|watched| watched == cgroup);
+        // What runs there already counts from now on.
+        stock::take_everywhere(&self.loaded);
+        self.look_for_readers();
         Ok(())
     }
 
@@ -278,7 +289,7 @@ impl Sensor {
             let _ = self.loaded.watched_block.remove(&block);
         }
         self.raise_epoch();
-        stock::take(&self.loaded);
+        stock::take_everywhere(&self.loaded);
         let last = watched.window(&self.loaded, self.disk_source());
         self.free.push_back(watched.slot);
         Some(last)
@@ -322,28 +333,31 @@ impl Sensor {
             }
             let window = watched.window(&self.loaded, disk);
             if window.counts.execs > 0 {
-                watched.readers.expect();
+                watched.readers.expect(Instant::now());
             }
             windows.push(window);
         }
-        self.look_for_readers(|_| false);
+        self.look_for_readers();
         windows
     }
 
-    /// Looks whether processes of this cgroup can read input, which is counted only while somebody can. [`Self::watch`] does
-    /// so, and [`Self::windows`] soon after a launch and later every minute.
-    pub fn look_for_readers_of(&mut self, cgroup: CgroupId) {
-        self.look_for_readers(|watched| watched == cgroup);
+    /// Whether what looks for input is attached: it is while a process of a watched cgroup can read any, which [`Self::windows`]
+    /// notices within seconds, or somebody has subscribed to it.
+    #[must_use]
+    pub fn input_is_counted(&self) -> bool {
+        self.loaded.at_exit.as_ref().is_some_and(at_exit::AtExit::is_attached)
     }
 
-    /// Of these cgroups now, of the others when it is time.
-    fn look_for_readers(&mut self, now: impl Fn(CgroupId) -> bool) {
-        if let (Some(_), Some(root)) = (&self.loaded.at_exit, &self.mounts.v2) {
-            let time = Instant::now();
-            for watched in self.watched.iter_mut().filter(|one| now(one.cgroup) || one.readers.is_time(time)) {
+    /// Has those looked at whose time it is, and attaches what is needed for what was found before.
+    fn look_for_readers(&mut self) {
+        if let (Some(at_exit), Some(root), Some(lookout)) = (&self.loaded.at_exit, &self.mounts.v2, &self.lookout)
+            && !at_exit.is_kept()
+        {
+            let now = Instant::now();
+            for watched in self.watched.iter_mut().filter(|one| one.readers.is_time(now)) {
                 // A cgroup that is gone has no readers.
                 let folder = host::cgroup_path(root, watched.cgroup).unwrap_or_default();
-                watched.readers.look(&folder, time);
+                lookout.look(&mut watched.readers, folder, now);
             }
         }
         self.attach_at_exit();
@@ -355,8 +369,11 @@ impl Sensor {
         let [_epoch, classes, ..] = control.words(0) else { return };
         let input = Class::Input.bit() | Class::Orientation.bit();
         let wanted = classes.load(Ordering::Relaxed) & input != 0;
-        let needed = wanted || self.watched.iter().any(|watched| watched.readers.any);
-        if let Err(reason) = at_exit.need(object, needed) {
+        let needed = wanted || self.watched.iter().any(|watched| watched.readers.any());
+        if let Err(reason) = at_exit.need(object, needed)
+            && !self.input_refused
+        {
+            self.input_refused = true;
             tracing::warn!(reason, "input is not counted");
         }
     }

@@ -190,7 +190,7 @@ struct Kernel<'a> {
 fn load_stock(object: &mut Ebpf) {
     let Some(Program::RawTracePoint(program)) = object.program_mut(TAKE_STOCK) else { return };
     if let Err(error) = program.load() {
-        tracing::warn!(reason = refusal(&error), "reads and faults of running tasks are counted late");
+        tracing::warn!(reason = refusal(&error), "what running tasks do is counted late, as they leave their CPU");
     }
 }
 

@@ -230,9 +230,11 @@ fn qemu(kernel: &Path, archive: &Path, archive_bytes: u64) -> Command {
         Command::new("qemu-system-x86_64")
     };
     // Not KVM, even where there is a /dev/kvm: nested, it may fail only once the machine runs, and then QEMU does not
-    // fall back. Emulation is the same everywhere.
+    // fall back. Emulation is the same everywhere. One thread for both processors: with one each, QEMU before 8.1 may go on
+    // executing an instruction that the other one has replaced, and a kernel that patches itself (every probe that attaches
+    // makes it) then hangs in its int3 handler.
     command
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", &memory_mb.to_string()])
+        .args(["-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", &memory_mb.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
         // In this order they are vda and vdb.
         .args(["-drive", &format!("if=none,id=disk,format=raw,cache=unsafe,file={DISK}")])

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::disk::scratch_disk;
@@ -93,7 +94,9 @@ fn on_a_disk(bytes: usize) -> fs::File {
     let file = if let Some(disk) = scratch_disk() {
         fs::File::open(disk.to_str().expect("a plain path")).expect("a disk")
     } else {
-        let path = scratch().join(format!("warmswap-major-{}", std::process::id()));
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = scratch().join(format!("warmswap-major-{}-{number}", std::process::id()));
         fs::write(&path, vec![1u8; bytes]).expect("a scratch file");
         let file = fs::File::open(&path).expect("just written");
         file.sync_all().expect("on the disk");
