@@ -289,7 +289,7 @@ pub struct Running {
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct Charged {
-    /// [`Self::key_of`] the rest and the address of its `task_struct`; 0 when nothing is known.
+    /// [`Self::key`] of the rest and the address of its `task_struct`; 0 when nothing is known.
     pub key: u64,
     pub pid: u32,
     pub slot: u32,
@@ -301,12 +301,12 @@ impl Charged {
     /// CPUs may write to it at once.
     #[inline(always)]
     #[must_use]
-    pub const fn key_of(&self, task: u64) -> u64 {
+    pub const fn key(task: u64, pid: u32, slot: u32, counted: &Counted) -> u64 {
         let Counted { run_ns, run_delay_ns, read_bytes, write_bytes, reads, writes, minor_faults, major_faults } =
-            self.counted;
+            *counted;
         let calls = (reads as u64) << 32 | writes as u64;
         let faults = (minor_faults as u64) << 32 | major_faults as u64;
-        task ^ ((self.pid as u64) << 32 | self.slot as u64)
+        task ^ ((pid as u64) << 32 | slot as u64)
             ^ run_ns.rotate_left(7)
             ^ run_delay_ns.rotate_left(14)
             ^ read_bytes.rotate_left(21)

@@ -107,16 +107,14 @@ fn switched(leaves: Task, gets: Task) -> i32 {
     let cpu = cpu();
     let Some(running) = RUNNING.get_ptr_mut(cpu) else { return 0 };
     // SAFETY: the lookup succeeded; only these programs on this CPU write here, and none interrupts another.
-    let (task, ran, before) = unsafe { ((*running).task, (*running).slot, (*running).counted) };
+    let (task, ran) = unsafe { ((*running).task, (*running).slot) };
     if task != leaves.address() {
-        if ran != 0 {
-            charge_untold(cpu);
-        }
-        charge_unseen(cpu, leaves);
+        charge_untold(cpu, leaves.address());
     } else if ran != 0 {
         let now = leaves.counted();
-        add_since(cpu, ran, &before, &now);
-        note(leaves, ran, now);
+        // SAFETY: as above.
+        add_since(cpu, ran, unsafe { &(*running).counted }, &now);
+        note(leaves, ran, &now);
     }
     let pid = gets.pid();
     let slot = if pid == 0 { 0 } else { gets.slot(cpu) };
@@ -132,38 +130,38 @@ fn switched(leaves: Task, gets: Task) -> i32 {
     0
 }
 
-/// Whoever ran here last has left untold. When it runs on another CPU now, it is charged there; it may have ended too, and
-/// another task be where it was.
+/// A switch was not told: whoever ran here last has left, and another one has come that leaves now.
 #[inline(never)]
-fn charge_untold(cpu: u32) {
+fn charge_untold(cpu: u32, leaves: u64) {
+    charge_who_left(cpu);
+    let leaves = Task::Raw(leaves);
+    let slot = if leaves.pid() == 0 { 0 } else { leaves.slot(cpu) };
+    if slot != 0 {
+        let now = leaves.counted();
+        if let Some(before) = charged(leaves, slot) {
+            add_since(cpu, slot, &before, &now);
+        }
+        note(leaves, slot, &now);
+    }
+}
+
+/// When it runs on another CPU now, it is charged there; it may have ended too, and another task be where it was.
+#[inline(never)]
+fn charge_who_left(cpu: u32) {
     let Some(running) = RUNNING.get_ptr(cpu) else { return };
-    // SAFETY: the lookup succeeded.
-    let running = unsafe { *running };
+    // SAFETY: the lookup succeeded; nobody writes meanwhile.
+    let running = unsafe { &*running };
     let task = Task::Raw(running.task);
-    if task.pid() != running.pid || task.at::<u32>(layout!(task_on_cpu)) != 0 {
+    if running.slot == 0 || task.pid() != running.pid || task.at::<u32>(layout!(task_on_cpu)) != 0 {
         return;
     }
     let now = task.counted();
-    // It may have been elsewhere since, and be charged for that.
-    let before = match charged(task, running.slot) {
-        Some(charged) if charged.run_ns > running.counted.run_ns => charged,
-        _ => running.counted,
-    };
-    add_since(cpu, running.slot, &before, &now);
-    note(task, running.slot, now);
-}
-
-/// Whoever leaves has come untold.
-#[inline(always)]
-fn charge_unseen(cpu: u32, task: Task) {
-    let slot = if task.pid() == 0 { 0 } else { task.slot(cpu) };
-    if slot != 0 {
-        let now = task.counted();
-        if let Some(before) = charged(task, slot) {
-            add_since(cpu, slot, &before, &now);
-        }
-        note(task, slot, now);
+    match charged(task, running.slot) {
+        // It has been elsewhere since, and is charged for that.
+        Some(charged) if charged.run_ns > running.counted.run_ns => add_since(cpu, running.slot, &charged, &now),
+        _ => add_since(cpu, running.slot, &running.counted, &now),
     }
+    note(task, running.slot, &now);
 }
 
 /// Up to what the task was charged to the slot, when that is known: another may have taken the place.
@@ -173,18 +171,22 @@ fn charged(task: Task, slot: u32) -> Option<Counted> {
     let place = CHARGED.get_ptr(pid % CHARGED_TASKS)?;
     // SAFETY: the lookup succeeded. Another CPU may write meanwhile, which the key tells.
     let found = unsafe { core::ptr::read_volatile(place) };
-    let known = found.pid == pid && found.slot == slot && found.key == found.key_of(task.address());
+    let known =
+        found.pid == pid && found.slot == slot && found.key == Charged::key(task.address(), pid, slot, &found.counted);
     if known { Some(found.counted) } else { None }
 }
 
 #[inline(always)]
-fn note(task: Task, slot: u32, counted: Counted) {
+fn note(task: Task, slot: u32, counted: &Counted) {
     let pid = task.pid();
     if let Some(place) = CHARGED.get_ptr_mut(pid % CHARGED_TASKS) {
-        let mut now = Charged { key: 0, pid, slot, counted };
-        now.key = now.key_of(task.address());
         // SAFETY: the lookup succeeded.
-        unsafe { core::ptr::write_volatile(place, now) };
+        unsafe {
+            (*place).pid = pid;
+            (*place).slot = slot;
+            (*place).counted = *counted;
+            core::ptr::write_volatile(&raw mut (*place).key, Charged::key(task.address(), pid, slot, counted));
+        }
     }
 }
 
