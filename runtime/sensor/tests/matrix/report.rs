@@ -64,6 +64,15 @@ impl Report {
         Self { test, variant, probes, covered: BTreeSet::new(), wrong }
     }
 
+    /// These probes read typed arguments.
+    pub(crate) fn typed(&mut self, sensor: &Sensor, probes: &[&str]) {
+        for probe in sensor.probes().iter().filter(|probe| probes.contains(&probe.name) && probe.attached) {
+            if !probe.hook.ends_with(", typed") {
+                self.wrong.push(format!("{}: the kernel refused the typed variant; it is {}", probe.name, probe.hook));
+            }
+        }
+    }
+
     pub(crate) fn on(&self, probe: &str) -> bool {
         self.status(probe).is_some_and(|status| status.attached)
     }
