@@ -10,7 +10,6 @@
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use warmswap_model::ProbeCounts;
 
 use super::Ground;
 use super::floor::{self, Floor};
@@ -55,9 +54,8 @@ struct Work {
     /// Of the ratio to the first peer, who does the simplest thing that can be done.
     target: f64,
     task: fn(u32) -> Task,
+    /// Each with a read, which is what has to be counted.
     per_batch: u32,
-    /// What is counted of it.
-    counted: fn(&ProbeCounts) -> u64,
     /// Ours first.
     everybody: &'static [Who],
 }
@@ -70,7 +68,6 @@ const WORKS: [Work; 2] = [
         target: 0.25,
         task: |batches| Task::SystemCalls { batches },
         per_batch: CALLS_PER_BATCH,
-        counted: |counts| counts.reads,
         everybody: &[
             Who::Ours { watched: true },
             Who::Theirs(&COUNT),
@@ -86,8 +83,6 @@ const WORKS: [Work; 2] = [
         target: 1.0,
         task: |batches| Task::Switches { batches },
         per_batch: SWITCHES_PER_BATCH,
-        // Each goes with a read.
-        counted: |counts| counts.reads,
         everybody: &[Who::Ours { watched: true }, Who::Theirs(&COUNT_SWITCHES), Who::Ours { watched: false }],
     },
 ];
@@ -145,7 +140,7 @@ impl Work {
             Who::Ours { watched } => {
                 let mut sensor = ours::attach(ground, watched)?;
                 let during = self.block(worker)?;
-                let counted = sensor.windows().first().map_or(0, |window| (self.counted)(&window.counts));
+                let counted = sensor.windows().first().map_or(0, |window| window.counts.reads);
                 let whole = watched && sensor.probes().iter().any(|probe| probe.name == COUNTED && probe.attached);
                 // The worker reads what it is told to do, too.
                 ensure!(!whole || (done..done + OTHERS_MAX).contains(&counted), "warmswap counted {counted} of {done}");

@@ -24,7 +24,7 @@ use crate::process;
 use crate::stats::median;
 
 pub(super) const CALLS_PER_BATCH: u32 = 1000;
-/// Of one to another; as many go back.
+/// There and back again.
 pub(super) const SWITCHES_PER_BATCH: u32 = 400;
 
 /// Pieces that are written to and read from a file between opening and closing it.

@@ -32,7 +32,7 @@ const LAST_MARK_TIME_MAX: Duration = Duration::from_secs(5);
 /// How the receiver runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Receiver {
-    /// Called by the draining thread, as the agent is.
+    /// Called by the draining thread, as whoever fills a queue is; the agent's queue, too.
     Called,
     /// Another thread of ordinary priority, which reads a queue.
     Ordinary,
@@ -84,7 +84,7 @@ fn measure(worker: &mut Worker, receiver: Receiver, hogs: usize, count: u32) -> 
     let row =
         |id: &str, q| Row::new(id, quantile(&took_us, q), "µs", took_us.len(), &conditions).note(Some(note.clone()));
     let p99 = row(if hogs == 0 { P99 } else { P99_HOGS }, 0.99);
-    // The claim is about what the agent does.
+    // The claim is about the sensor; a thread that is woken adds what the scheduler takes for it.
     Ok(vec![row(P50, 0.5), if hogs > 0 && receiver == Receiver::Called { p99.at_most(TARGET_US) } else { p99 }])
 }
 

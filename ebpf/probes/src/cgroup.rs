@@ -113,10 +113,10 @@ pub(crate) fn of_task(cpu: u32, lane: u32, task: u64) -> Owner {
     }
 }
 
-/// Each lane of switches is for some cgroups, so that a switch back and forth finds both.
+/// The slot of a task at a switch. Each lane is for some cgroups, so that a switch back and forth finds both.
 #[inline(always)]
-fn switch_lane(cgroup: u64) -> u32 {
-    LANE_SWITCH + cgroup as u32 % LANES_SWITCH
+fn at_switch(cpu: u32, id: u64, cgroup: u64) -> u32 {
+    cached(cpu, LANE_SWITCH + id as u32 % LANES_SWITCH, id, || search(cgroup))
 }
 
 /// The slot of a task that leaves or gets a CPU.
@@ -124,7 +124,7 @@ fn switch_lane(cgroup: u64) -> u32 {
 pub(crate) fn of_switched_task(cpu: u32, task: u64) -> u32 {
     let Some(cgroup) = cgroup_of_task(task) else { return 0 };
     let Some(id) = id_of(cgroup) else { return 0 };
-    cached(cpu, switch_lane(id), id, || search(cgroup))
+    at_switch(cpu, id, cgroup)
 }
 
 /// The same of a task whose type the verifier knows.
@@ -145,7 +145,7 @@ pub(crate) fn of_typed_task(cpu: u32, task: u64) -> u32 {
         Some((id, cgroup))
     };
     match find() {
-        Some((id, cgroup)) => cached(cpu, switch_lane(id), id, || search(cgroup)),
+        Some((id, cgroup)) => at_switch(cpu, id, cgroup),
         None => 0,
     }
 }

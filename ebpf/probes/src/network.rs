@@ -103,36 +103,39 @@ fn whose(skb: *mut __sk_buff, cpu: u32, lane: u32) -> (u32, Option<*mut Connecti
         return (cgroup::of_skb(cpu, lane, skb), None, socket);
     }
     let epoch = cgroup::epoch() << SLOT_BITS;
-    let mut connection = kept(socket, core::ptr::null_mut());
-    // SAFETY: looked at for null first; one word.
-    let before = if connection.is_null() { 0 } else { unsafe { (*connection).owner } };
-    if !connection.is_null() && before & !SLOT_MASK == epoch {
-        return ((before & SLOT_MASK) as u32, Some(connection), socket);
+    let connection = kept(socket, core::ptr::null_mut());
+    if connection.is_null() {
+        let slot = cgroup::of_skb(cpu, lane, skb);
+        return (slot, if slot == 0 { None } else { begin(skb, socket, epoch | u64::from(slot)) }, socket);
+    }
+    // SAFETY: the lookup succeeded; one word.
+    let owner = unsafe { (*connection).owner };
+    if owner & !SLOT_MASK == epoch {
+        return ((owner & SLOT_MASK) as u32, Some(connection), socket);
     }
     let slot = cgroup::of_skb(cpu, lane, skb);
-    let owner = epoch | u64::from(slot);
-    if !connection.is_null() {
-        // SAFETY: as above.
-        unsafe {
-            (*connection).owner = owner;
-            // What was asked while it was somebody else's, or nobody's, is answered in no time that counts.
-            if before & SLOT_MASK != u64::from(slot) && (*connection).request != CLIENT {
-                (*connection).request = IDLE;
-            }
+    // SAFETY: as above.
+    unsafe {
+        (*connection).owner = epoch | u64::from(slot);
+        // What was asked while it was somebody else's, or nobody's, is answered in no time that counts.
+        if owner & SLOT_MASK != u64::from(slot) && (*connection).request != CLIENT {
+            (*connection).request = IDLE;
         }
-    } else if slot != 0 {
-        let mut first = Connection { owner, request: IDLE };
-        connection = kept(socket, &raw mut first);
-        if connection.is_null() {
-            // Memory is short: a request is not measured, or a client's connection taken for a server's.
-            // SAFETY: `skb` is the program's context.
-            trouble::unmeasured_request(unsafe { bpf_skb_cgroup_id(skb) });
-            return (slot, None, socket);
-        }
-    } else {
-        return (0, None, socket);
     }
     (slot, Some(connection), socket)
+}
+
+/// `None` when memory is short: then a request is not measured, or a client's connection taken for a server's.
+#[inline(always)]
+fn begin(skb: *mut __sk_buff, socket: *mut bpf_sock, owner: u64) -> Option<*mut Connection> {
+    let mut first = Connection { owner, request: IDLE };
+    let connection = kept(socket, &raw mut first);
+    if connection.is_null() {
+        // SAFETY: `skb` is the program's context.
+        trouble::unmeasured_request(unsafe { bpf_skb_cgroup_id(skb) });
+        return None;
+    }
+    Some(connection)
 }
 
 /// What is kept with the socket; null when nothing is and there is nothing to begin with, or no memory for it.

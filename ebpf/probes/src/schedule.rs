@@ -155,7 +155,8 @@ fn charge_who_came(cpu: u32) {
     }
 }
 
-/// Whoever ran here last has left untold. When it runs on another CPU now, it is charged there; it may have ended too, and another task be where it was.
+/// Whoever ran here last has left untold. When it runs on another CPU now, it is charged there; it may have ended too, and
+/// another task be where it was.
 #[inline(never)]
 fn charge_who_left(cpu: u32) {
     let Some(running) = RUNNING.get_ptr(cpu) else { return };

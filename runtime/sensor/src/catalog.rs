@@ -14,7 +14,7 @@ pub(crate) enum Hook {
     Egress,
     /// A program of a service that binds a port. No probe, but loaded and reported like one.
     Bind,
-    /// The end of every system call, as long as somebody can read input; see [`crate::at_exit`].
+    /// The end of every system call, as long as somebody can read input; see [`crate::at_exit`], which knows the programs.
     WhileInputIsRead,
     /// The first of several that this kernel allows; see [`crate::load`].
     Marks,
@@ -295,7 +295,7 @@ pub(crate) const PROBES: &[Probe] = &[
     Probe {
         name: "input",
         program: |_| "system_call",
-        typed: Some("system_call_typed"),
+        typed: None,
         class: "input",
         hook: Hook::WhileInputIsRead,
         needs: |l| {

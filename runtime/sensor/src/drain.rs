@@ -123,7 +123,6 @@ struct Router {
     marks: Vec<MarkTaker>,
     tally: Arc<Tally>,
     unix_minus_monotonic_ns: u64,
-    gone: bool,
 }
 
 impl Drain {
@@ -155,7 +154,6 @@ impl Drain {
                 marks: Vec::new(),
                 tally,
                 unix_minus_monotonic_ns: unix_minus_monotonic_ns(),
-                gone: false,
             },
         };
         let realtime = Arc::new(OnceLock::new());
@@ -235,7 +233,9 @@ impl Worker {
             self.wait(timeout);
             self.urgent.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
             if bulk_at.elapsed() >= self.interval {
-                self.router.forget_who_left();
+                if self.router.forget_who_left() {
+                    self.publish_wants();
+                }
                 self.drain_bulk();
                 bulk_at = Instant::now();
                 self.router.unix_minus_monotonic_ns = unix_minus_monotonic_ns();
@@ -243,10 +243,6 @@ impl Worker {
             self.pass_on_log();
             if !self.obey() {
                 return;
-            }
-            if self.router.gone {
-                self.router.gone = false;
-                self.publish_wants();
             }
         }
     }
@@ -341,11 +337,11 @@ impl Router {
         given
     }
 
-    /// One whose events are rare would be noticed late, and its classes be sent, and input looked for, meanwhile.
-    fn forget_who_left(&mut self) {
+    /// Whether anybody has. Not told by an event that cannot be given: where events are rare that would be late.
+    fn forget_who_left(&mut self) -> bool {
         let before = self.subscribers.len();
         self.subscribers.retain(|subscriber| Arc::strong_count(&subscriber.lost) > 1);
-        self.gone |= self.subscribers.len() < before;
+        self.subscribers.len() < before
     }
 
     fn give_event(&mut self, class: Class, record: &Record, path: &[u8]) -> bool {
@@ -355,22 +351,16 @@ impl Router {
         }
         let Some(event) = Event::of(record, path, self.unix_minus_monotonic_ns) else { return false };
         let mut given = false;
-        self.subscribers.retain(|subscriber| {
-            if !wants(subscriber) {
-                return true;
-            }
+        for subscriber in self.subscribers.iter().filter(|subscriber| wants(subscriber)) {
             match subscriber.sender.try_send(event.clone()) {
                 Ok(()) => given = true,
                 Err(TrySendError::Full(_)) => {
                     subscriber.lost.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(TrySendError::Disconnected(_)) => {
-                    self.gone = true;
-                    return false;
-                }
+                // It has left, which is noticed in the next round.
+                Err(TrySendError::Disconnected(_)) => {}
             }
-            true
-        });
+        }
         given
     }
 }

@@ -241,7 +241,7 @@ fn attach_input(
     probe: &Probe,
     at_exit: &mut Option<AtExit>,
 ) -> Result<String, String> {
-    unmet(kernel, probe)?;
+    met((probe.needs)(kernel.layout))?;
     let loaded = at_exit.insert(AtExit::load(object, kernel.types)?);
     Ok(format!("{}{}", hook_name(probe.hook), if loaded.is_typed() { ", typed" } else { "" }))
 }
@@ -259,9 +259,7 @@ fn attach_marks(object: &mut Ebpf, kernel: &Kernel<'_>, at_exit: &mut Option<AtE
             Err(reason) => tracing::info!(reason, "marks: no {UNKNOWN}"),
         }
     }
-    if let Some(need) = marks_by_registers(kernel.layout).iter().find_map(Need::unmet) {
-        return Err(need);
-    }
+    met(marks_by_registers(kernel.layout))?;
     if kernel.typed
         && let Some(Program::KProbe(program)) = object.program_mut("prctl")
     {
@@ -281,8 +279,9 @@ fn attach_marks(object: &mut Ebpf, kernel: &Kernel<'_>, at_exit: &mut Option<AtE
     Ok("tracepoint sys_exit".to_owned())
 }
 
-fn unmet(kernel: &Kernel<'_>, probe: &Probe) -> Result<(), String> {
-    (probe.needs)(kernel.layout).iter().find_map(Need::unmet).map_or(Ok(()), Err)
+/// `Err` is the first that is not.
+fn met(needs: impl IntoIterator<Item = Need>) -> Result<(), String> {
+    needs.into_iter().find_map(|need| need.unmet()).map_or(Ok(()), Err)
 }
 
 /// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
@@ -290,7 +289,7 @@ fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
     let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (kernel.types, probe.typed, probe.hook) else {
         return false;
     };
-    if unmet(kernel, probe).is_err() {
+    if met((probe.needs)(kernel.layout)).is_err() {
         return false;
     }
     let Some(Program::BtfTracePoint(program)) = object.program_mut(name) else { return false };
@@ -305,7 +304,7 @@ fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
 
 /// `Err` is the reason why the probe is off.
 fn attach(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe, done: &[ProbeStatus]) -> Result<(), String> {
-    unmet(kernel, probe)?;
+    met((probe.needs)(kernel.layout))?;
     if let Hook::PartOf(whole) = probe.hook {
         let on = done.iter().any(|status| status.name == whole && status.attached);
         return if on { Ok(()) } else { Err(format!("{whole}, which it is a part of, is off")) };

@@ -13,12 +13,12 @@ use memmap2::{MmapOptions, MmapRaw};
 /// The type must be `repr(C)`, without padding, and made of integers alone that fill whole words.
 pub(crate) unsafe trait Words: Copy {}
 
-// SAFETY: repr(C) of u64 only; sizes are asserted in warmswap-events.
-unsafe impl Words for warmswap_events::Counters {}
-// SAFETY: as above.
+// SAFETY: repr(C) of u64, and of u32 in pairs that fill a word; sizes are asserted in warmswap-events.
 unsafe impl Words for warmswap_events::Running {}
-// SAFETY: as above, and two u32 in one word, each without a value that is not allowed.
+// SAFETY: as above.
 unsafe impl Words for warmswap_events::Charged {}
+// SAFETY: repr(C) of u64 only.
+unsafe impl Words for warmswap_events::Counters {}
 // SAFETY: as above.
 unsafe impl Words for warmswap_events::Control {}
 // SAFETY: as above.

@@ -294,13 +294,10 @@ fn reads_from_a_terminal_are_input_and_reads_from_a_pipe_are_not() {
     need_probe!("reads_from_a_terminal_are_input_and_reads_from_a_pipe_are_not", sensor, "input");
     let cgroup = Cgroup::new();
     sensor.watch(cgroup.id).expect("watch");
-    let (mut master, mut slave) = (0, 0);
-    let null = std::ptr::null_mut();
-    // SAFETY: room for two descriptors, no names or settings.
-    assert_eq!(unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) }, 0);
+    let (master, ours) = support::terminal();
+    let slave = ours.as_raw_fd();
     for line in [&b"first\n"[..], b"second\n", b"third\n"] {
-        // SAFETY: a live buffer and our own descriptor.
-        assert_eq!(unsafe { libc::write(master, line.as_ptr().cast(), line.len()) }, line.len() as isize);
+        support::type_in(&master, line);
     }
     let (go, let_go) = support::pipe();
     let from = go.as_raw_fd();
@@ -324,11 +321,7 @@ fn reads_from_a_terminal_are_input_and_reads_from_a_pipe_are_not() {
     until_input_is_counted(&mut sensor);
     std::fs::File::from(let_go).write_all(b"x").expect("lets the child go");
     let status = child.wait();
-    // SAFETY: our own descriptors, closed once.
-    unsafe {
-        libc::close(master);
-        libc::close(slave);
-    }
+    drop((master, ours));
     assert_eq!(status, 0);
     let counts = window(&mut sensor).counts;
     assert_eq!(counts.tty_inputs, 3);
@@ -341,10 +334,8 @@ fn a_program_that_is_started_with_a_terminal_is_noticed_by_itself() {
     need_probe!("a_program_that_is_started_with_a_terminal_is_noticed_by_itself", sensor, "input", "exec");
     let cgroup = Cgroup::new();
     sensor.watch(cgroup.id).expect("watch");
-    let (mut master, mut slave) = (0, 0);
-    let null = std::ptr::null_mut();
-    // SAFETY: room for two descriptors, no names or settings.
-    assert_eq!(unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) }, 0);
+    let (master, ours) = support::terminal();
+    let slave = ours.as_raw_fd();
     let child = cgroup.spawn(move || {
         // SAFETY: our own descriptors and constant texts; the last argument ends the list.
         unsafe {
@@ -355,22 +346,16 @@ fn a_program_that_is_started_with_a_terminal_is_noticed_by_itself() {
         98
     });
     until_input_is_counted(&mut sensor);
-    // SAFETY: live buffers and our own descriptor.
-    let type_in = |text: &[u8]| unsafe { libc::write(master, text.as_ptr().cast(), text.len()) };
-    assert_eq!(type_in(b"a line\n"), 7);
+    support::type_in(&master, b"a line\n");
     let begin = Instant::now();
     while window(&mut sensor).counts.tty_inputs == 0 {
         assert!(begin.elapsed() < Duration::from_secs(10), "it is not counted");
         std::thread::sleep(Duration::from_millis(10));
     }
     // The end of the input.
-    assert_eq!(type_in(b"\x04"), 1);
+    support::type_in(&master, b"\x04");
     assert_eq!(child.wait(), 0);
-    // SAFETY: our own descriptors, closed once.
-    unsafe {
-        libc::close(master);
-        libc::close(slave);
-    }
+    drop((master, ours));
     // And when nobody can read any more.
     let begin = Instant::now();
     while sensor.input_is_counted() {

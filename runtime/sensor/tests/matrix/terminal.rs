@@ -1,9 +1,10 @@
 //! Lines typed into a terminal.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use crate::report::Report;
 use crate::stage::Stage;
+use crate::support::{terminal, type_in};
 use warmswap_sensor::{Class, Detail, Sensor};
 
 const LINES: [&[u8]; 3] = [b"first\n", b"second\n", b"third line\n"];
@@ -12,16 +13,9 @@ const MAJOR: u32 = 136;
 
 pub(crate) fn drive(sensor: &mut Sensor, report: &mut Report) {
     let mut stage = Stage::new(sensor);
-    let (mut master, mut slave) = (0, 0);
-    let null = std::ptr::null_mut();
-    // SAFETY: room for two descriptors, no names or settings; both are new and owned by nobody else.
-    let (master, slave) = unsafe {
-        assert_eq!(libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()), 0, "a terminal");
-        (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))
-    };
+    let (master, slave) = terminal();
     for line in LINES {
-        // SAFETY: a live buffer and our own descriptor.
-        assert_eq!(unsafe { libc::write(master.as_raw_fd(), line.as_ptr().cast(), line.len()) }, line.len() as isize);
+        type_in(&master, line);
     }
     let status = stage.cgroup.run(|| {
         let mut buffer = [0u8; 100];

@@ -215,6 +215,23 @@ pub fn pipe() -> (OwnedFd, OwnedFd) {
     unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) }
 }
 
+/// A pseudo terminal: the side that types and the side that programs read from.
+pub fn terminal() -> (OwnedFd, OwnedFd) {
+    let (mut master, mut slave) = (0, 0);
+    let null = std::ptr::null_mut();
+    // SAFETY: room for two descriptors, no names or settings.
+    let result = unsafe { libc::openpty(&raw mut master, &raw mut slave, null, null.cast(), null.cast()) };
+    assert_eq!(result, 0, "a terminal");
+    // SAFETY: new descriptors owned by nobody else.
+    unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) }
+}
+
+pub fn type_in(terminal: &OwnedFd, text: &[u8]) {
+    // SAFETY: a live buffer.
+    let written = unsafe { libc::write(terminal.as_raw_fd(), text.as_ptr().cast(), text.len()) };
+    assert_eq!(written, text.len() as isize);
+}
+
 /// The only window of a sensor that watches one cgroup.
 pub fn window(sensor: &mut Sensor) -> FeatureWindow {
     let mut windows = sensor.windows();
