@@ -6,7 +6,7 @@
 //!
 //! What somebody adds is his block minus the mean of the blocks around it; what he costs beside another, the ratio of what
 //! both added in the same round. The calls are reads, because those are what is counted; ours are counted by the kernel and
-//! taken over at switches, so what a call does not pay is looked for there.
+//! taken over when a window is read.
 
 use anyhow::{Result, ensure};
 use serde_json::json;

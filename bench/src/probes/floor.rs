@@ -1,12 +1,10 @@
 //! BPF programs that do nothing, where ours or others' do something: what the kernel itself takes for calling them.
 
 use std::ffi::CStr;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result};
-use warmswap_sensor::CgroupMounts;
 
 pub(super) const NAME: &str = "programs that do nothing";
 
@@ -14,15 +12,10 @@ pub(super) const NAME: &str = "programs that do nothing";
 const PROG_LOAD: libc::c_int = 5;
 const PROG_GET_NEXT_ID: libc::c_int = 11;
 const RAW_TRACEPOINT_OPEN: libc::c_int = 17;
-const LINK_CREATE: libc::c_int = 28;
 const RAW_TRACEPOINT: u32 = 17;
-const CGROUP_PACKETS: u32 = 8;
-const HOOK: &CStr = c"sys_exit";
-/// Packets that arrive, and that leave.
-const WAYS: [u32; 2] = [0, 1];
 
-/// `r0 = 1; exit`: of a packet, that it may pass.
-const PROGRAM: [u64; 2] = [0x1_0000_00b7, 0x95];
+/// `r0 = 0; exit`
+const PROGRAM: [u64; 2] = [0xb7, 0x95];
 
 #[repr(C)]
 struct Load {
@@ -32,14 +25,6 @@ struct Load {
     license: u64,
     /// Log and flags: none; where it attaches is said when it does.
     rest: [u64; 3],
-}
-
-#[repr(C)]
-struct Link {
-    program: u32,
-    target: u32,
-    way: u32,
-    flags: u32,
 }
 
 #[repr(C)]
@@ -71,39 +56,33 @@ pub(super) fn programs() -> usize {
 
 /// Detached when dropped.
 pub(super) struct Floor {
-    _links: Vec<OwnedFd>,
+    _link: OwnedFd,
 }
 
 impl Floor {
     /// At the end of system calls.
     pub(super) fn at_exit() -> Result<Self> {
-        let program = load(RAW_TRACEPOINT)?;
-        let open = Open { name: HOOK.as_ptr() as u64, program: program.as_raw_fd() as u32, reserved: 0 };
-        Ok(Self { _links: vec![bpf(RAW_TRACEPOINT_OPEN, &open).context("cannot attach to sys_exit")?] })
+        Self::at(c"sys_exit")
     }
 
-    /// At every packet, as our probes are.
-    pub(super) fn at_packets() -> Result<Self> {
-        let root = CgroupMounts::of_host()?.v2.context("no cgroup v2 hierarchy is mounted")?;
-        let root = File::open(&root).with_context(|| format!("cannot open {}", root.display()))?;
-        let program = load(CGROUP_PACKETS)?;
-        let link = |way| {
-            let link = Link { program: program.as_raw_fd() as u32, target: root.as_raw_fd() as u32, way, flags: 0 };
-            bpf(LINK_CREATE, &link).context("cannot attach to packets")
+    /// At every segment that arrives, as our probe is.
+    pub(super) fn at_segments() -> Result<Self> {
+        Self::at(c"tcp_probe")
+    }
+
+    fn at(tracepoint: &CStr) -> Result<Self> {
+        let load = Load {
+            kind: RAW_TRACEPOINT,
+            instructions: PROGRAM.len() as u32,
+            program: PROGRAM.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            rest: [0; 3],
         };
-        Ok(Self { _links: WAYS.into_iter().map(link).collect::<Result<_>>()? })
+        let program = bpf(PROG_LOAD, &load).context("cannot load a program that does nothing")?;
+        let open = Open { name: tracepoint.as_ptr() as u64, program: program.as_raw_fd() as u32, reserved: 0 };
+        let attached = bpf(RAW_TRACEPOINT_OPEN, &open);
+        Ok(Self { _link: attached.with_context(|| format!("cannot attach to {}", tracepoint.to_string_lossy()))? })
     }
-}
-
-fn load(kind: u32) -> Result<OwnedFd> {
-    let program = Load {
-        kind,
-        instructions: PROGRAM.len() as u32,
-        program: PROGRAM.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        rest: [0; 3],
-    };
-    bpf(PROG_LOAD, &program).context("cannot load a program that does nothing")
 }
 
 fn bpf<T>(command: libc::c_int, argument: &T) -> io::Result<OwnedFd> {

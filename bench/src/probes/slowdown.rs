@@ -138,7 +138,7 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
                 Task::Ask { program: program.clone(), arguments: arguments.map(str::to_owned).into() }
             }),
             peer: &COUNT_BY_CGROUP,
-            floor: Some(Floor::at_packets),
+            floor: Some(Floor::at_segments),
         };
         rows.extend(measure(ground, &job, Some(&mut worker), plan)?);
     }

@@ -25,9 +25,8 @@ pub mod map {
     pub const COUNTERS: &str = "COUNTERS";
     /// `slot * DISTRIBUTIONS + distribution` → [`crate::Histogram`].
     pub const HISTOGRAMS: &str = "HISTOGRAMS";
-    /// `cpu` → [`crate::Running`].
-    pub const RUNNING: &str = "RUNNING";
-    pub const CHARGED: &str = "CHARGED";
+    /// `slot` → since when it is watched, `CLOCK_MONOTONIC`, ns.
+    pub const SINCE: &str = "SINCE";
     /// `cpu * CACHE_LANES + lane` → [`crate::CacheWord`].
     pub const CACHE: &str = "CACHE";
     /// cgroup id → slot.
@@ -234,7 +233,7 @@ pub struct Counters {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Distribution {
-    /// From the first packet of a request to the first of its answer.
+    /// From the first segment of a request to the first of its answer.
     RequestLatency = 0,
     /// From the arrival of one request to that of the next, over all connections.
     RequestGap = 1,
@@ -258,66 +257,6 @@ impl Distribution {
 pub struct Histogram {
     pub buckets: [u64; BUCKETS],
 }
-
-/// What the kernel counts for a task. What grows little in one turn is kept modulo 2³².
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct Counted {
-    pub run_ns: u64,
-    pub run_delay_ns: u64,
-    pub read_bytes: u64,
-    pub write_bytes: u64,
-    pub reads: u32,
-    pub writes: u32,
-    pub minor_faults: u32,
-    pub major_faults: u32,
-}
-
-/// Who runs on a CPU since the last switch.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct Running {
-    /// The address of its `task_struct`.
-    pub task: u64,
-    pub pid: u32,
-    pub slot: u32,
-    /// Up to what it is charged; without a meaning for slot 0.
-    pub counted: Counted,
-}
-
-/// Up to what a task was charged as it left its CPU, for hosts that do not tell every switch; see `probes::schedule`.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct Charged {
-    /// [`Self::key`] of the rest and the address of its `task_struct`; 0 when nothing is known.
-    pub key: u64,
-    pub pid: u32,
-    pub slot: u32,
-    pub counted: Counted,
-}
-
-impl Charged {
-    /// Another one when the task, or any of the words that are not its alone, is another: two tasks may share a place, and two
-    /// CPUs may write to it at once.
-    #[inline(always)]
-    #[must_use]
-    pub const fn key(task: u64, pid: u32, slot: u32, counted: &Counted) -> u64 {
-        let Counted { run_ns, run_delay_ns, read_bytes, write_bytes, reads, writes, minor_faults, major_faults } =
-            *counted;
-        let calls = (reads as u64) << 32 | writes as u64;
-        let faults = (minor_faults as u64) << 32 | major_faults as u64;
-        task ^ ((pid as u64) << 32 | slot as u64)
-            ^ run_ns.rotate_left(7)
-            ^ run_delay_ns.rotate_left(14)
-            ^ read_bytes.rotate_left(21)
-            ^ write_bytes.rotate_left(28)
-            ^ calls.rotate_left(35)
-            ^ faults.rotate_left(42)
-    }
-}
-
-/// Places for [`Charged`], by process id modulo this.
-pub const CHARGED_TASKS: u32 = 1 << 14;
 
 /// What user space tells the probes while they run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -379,15 +318,14 @@ impl InputDevice {
 }
 
 /// Cached words per CPU: one lane per kind of context, so that an interrupting program does not fight for the word
-/// of the program it interrupted. Two cache lines per CPU, the second for switches alone, which go from one cgroup to another.
+/// of the program it interrupted. Two cache lines per CPU, the second for tasks and packets, which are now of this cgroup and
+/// now of that.
 pub const CACHE_LANES: u32 = 16;
 pub const LANE_SYSCALL: u32 = 0;
-pub const LANE_INGRESS: u32 = 1;
-pub const LANE_EGRESS: u32 = 2;
-pub const LANE_OTHER: u32 = 3;
-/// The first of [`LANES_SWITCH`], by cgroup id.
-pub const LANE_SWITCH: u32 = 8;
-pub const LANES_SWITCH: u32 = 8;
+pub const LANE_OTHER: u32 = 1;
+/// The first of [`LANES_BY_ID`], by cgroup id.
+pub const LANE_BY_ID: u32 = 8;
+pub const LANES_BY_ID: u32 = 8;
 
 /// Highest number of slots: what fits a [`CacheWord`].
 pub const SLOTS_MAX: u32 = 1 << 12;
@@ -425,9 +363,6 @@ const _: () = {
     assert!(size_of::<ExecRecord>() == 192);
     assert!(size_of::<Counters>() == 256);
     assert!(SLOTS_MAX <= 1 << u16::BITS);
-    assert!(size_of::<Running>() == 64);
-    assert!(size_of::<Counted>() == 48);
-    assert!(size_of::<Charged>() == 64);
     assert!(size_of::<Control>() == 32);
     assert!(size_of::<ClassAccount>() == 24);
     assert!(size_of::<Histogram>() == BUCKETS * 8);

@@ -4,11 +4,8 @@
 //! ancestors. The result, "none" included, is cached per CPU in one word (see `CacheWord`), so that the common case
 //! is one helper call and one comparison.
 
-use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{
-    bpf_get_current_cgroup_id, bpf_get_current_task, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
-};
-use warmswap_events::{CACHE_LANES, CacheWord, LANE_OTHER, LANE_SWITCH, LANES_SWITCH};
+use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_task};
+use warmswap_events::{CACHE_LANES, CacheWord, LANE_BY_ID, LANE_OTHER, LANES_BY_ID};
 
 use crate::maps::{CACHE, CONTROL, WATCHED, layout};
 use crate::{read, trouble};
@@ -113,23 +110,31 @@ pub(crate) fn of_task(cpu: u32, lane: u32, task: u64) -> Owner {
     }
 }
 
-/// The slot of a task at a switch. Each lane is for some cgroups, so that a switch back and forth finds both.
+/// By id: each lane is for some cgroups, so that going back and forth between two finds both.
 #[inline(always)]
-fn at_switch(cpu: u32, id: u64, cgroup: u64) -> u32 {
-    cached(cpu, LANE_SWITCH + id as u32 % LANES_SWITCH, id, || search(cgroup))
+fn by_id(cpu: u32, id: u64, cgroup: u64) -> u32 {
+    cached(cpu, LANE_BY_ID + id as u32 % LANES_BY_ID, id, || search(cgroup))
 }
 
-/// The slot of a task that leaves or gets a CPU.
+/// The slot of one of many tasks.
 #[inline(always)]
-pub(crate) fn of_switched_task(cpu: u32, task: u64) -> u32 {
+pub(crate) fn of_any_task(cpu: u32, task: u64) -> u32 {
     let Some(cgroup) = cgroup_of_task(task) else { return 0 };
     let Some(id) = id_of(cgroup) else { return 0 };
-    at_switch(cpu, id, cgroup)
+    by_id(cpu, id, cgroup)
 }
 
-/// The same of a task whose type the verifier knows.
+/// The slot of the socket of one of many packets.
 #[inline(always)]
-pub(crate) fn of_typed_task(cpu: u32, task: u64) -> u32 {
+pub(crate) fn of_any_sock(cpu: u32, sock: u64) -> u32 {
+    let Some(cgroup) = cgroup_of_sock(sock) else { return 0 };
+    let Some(id) = id_of(cgroup) else { return 0 };
+    by_id(cpu, id, cgroup)
+}
+
+/// The same of one whose type the verifier knows, from 5.16 on.
+#[inline(always)]
+pub(crate) fn of_typed_sock(cpu: u32, sock: u64) -> u32 {
     /// A word at a typed pointer; the checks for null are for the verifier, which knows which may be.
     #[inline(always)]
     fn word(base: u64, offset: u32) -> Option<u64> {
@@ -140,12 +145,12 @@ pub(crate) fn of_typed_task(cpu: u32, task: u64) -> u32 {
         }
     }
     let find = || {
-        let cgroup = word(word(task, layout!(task_cgroups))?, layout!(css_set_dfl_cgrp))?;
+        let cgroup = word(sock, layout!(sock_cgroup))?;
         let id = word(word(cgroup, layout!(cgroup_kn))?, layout!(kernfs_id))?;
         Some((id, cgroup))
     };
     match find() {
-        Some((id, cgroup)) => at_switch(cpu, id, cgroup),
+        Some((id, cgroup)) => by_id(cpu, id, cgroup),
         None => 0,
     }
 }
@@ -160,39 +165,21 @@ pub(crate) fn of_pointer(cpu: u32, lane: u32, cgroup: u64) -> Owner {
 /// Of a full `struct sock *`, by the cgroup that it was created in.
 #[inline(always)]
 pub(crate) fn of_sock(cpu: u32, sock: u64) -> Owner {
-    // Before 5.16 the lowest bit says that the word holds a v1 class, not a cgroup, and the next one is a flag.
-    match read::at::<u64>(sock, layout!(sock_cgroup)) {
-        Some(word) if word & 1 == 0 && word & !3 != 0 => return of_pointer(cpu, LANE_OTHER, word & !3),
-        Some(word) if word & 1 != 0 => trouble::classified_socket(word >> 32),
-        _ => {}
+    match cgroup_of_sock(sock) {
+        Some(cgroup) => of_pointer(cpu, LANE_OTHER, cgroup),
+        None => Owner { cgroup: 0, slot: 0 },
     }
-    Owner { cgroup: 0, slot: 0 }
 }
 
-/// Of a packet, by its socket.
 #[inline(always)]
-pub(crate) fn of_skb(cpu: u32, lane: u32, skb: *mut __sk_buff) -> u32 {
-    // SAFETY: `skb` is the context of a cgroup_skb program.
-    let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
-    if cgroup == 0 {
-        return 0;
-    }
-    cached(cpu, lane, cgroup, || {
-        let mut slot = watched(cgroup);
-        if slot == 0 {
-            for level in 1..=LEVELS {
-                // SAFETY: as above.
-                let ancestor = unsafe { bpf_skb_ancestor_cgroup_id(skb, level) };
-                if ancestor == 0 {
-                    return slot;
-                }
-                let found = watched(ancestor);
-                if found != 0 {
-                    slot = found; // the deepest wins
-                }
-            }
-            trouble::packet_search_ended(skb);
+fn cgroup_of_sock(sock: u64) -> Option<u64> {
+    // Before 5.16 the lowest bit says that the word holds a v1 class, not a cgroup, and the next one is a flag.
+    match read::at::<u64>(sock, layout!(sock_cgroup)) {
+        Some(word) if word & 1 == 0 && word & !3 != 0 => Some(word & !3),
+        Some(word) if word & 1 != 0 => {
+            trouble::classified_socket(word >> 32);
+            None
         }
-        slot
-    })
+        _ => None,
+    }
 }

@@ -2,7 +2,7 @@
 //! cgroup; what is rare is sent through one of two rings (see `warmswap-events`).
 //!
 //! Not here: any decision about what the numbers mean. No program changes what the kernel does, but for those in `ports`,
-//! which are no probes; `cgroup_skb` programs always let the packet pass.
+//! which are no probes.
 //!
 //! Rules of this crate: no helper and no map type newer than Linux 5.10; loops are bounded by small constants; struct
 //! offsets come from [`maps::LAYOUT`], never from a compile-time header; a field that is missing on a kernel
@@ -13,6 +13,8 @@
 mod block;
 #[cfg(target_arch = "bpf")]
 mod cgroup;
+#[cfg(target_arch = "bpf")]
+mod datagrams;
 #[cfg(target_arch = "bpf")]
 mod emit;
 #[cfg(target_arch = "bpf")]
@@ -32,9 +34,9 @@ mod process;
 #[cfg(target_arch = "bpf")]
 mod read;
 #[cfg(target_arch = "bpf")]
-mod schedule;
-#[cfg(target_arch = "bpf")]
 mod syscall;
+#[cfg(target_arch = "bpf")]
+mod tasks;
 #[cfg(target_arch = "bpf")]
 mod tcp;
 #[cfg(target_arch = "bpf")]

@@ -1,14 +1,14 @@
 //! Maps and globals. Sizes marked "set at load" are placeholders that the sensor replaces.
 
-use aya_ebpf::btf_maps::SkStorage;
-use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
 use warmswap_events::{
-    BUCKETS, CACHE_LANES, CHARGED_TASKS, Charged, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution,
-    Histogram, Layout, Running, SYSCALL_TABLE, bucket_of_ns,
+    BUCKETS, CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout, SYSCALL_TABLE,
+    bucket_of_ns,
 };
 
 use crate::network::Connection;
+use crate::tasks::Task;
 
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
@@ -23,9 +23,7 @@ pub(crate) static COUNTERS: Array<Counters> = Array::with_max_entries(1, MMAPABL
 #[map]
 pub(crate) static HISTOGRAMS: Array<Histogram> = Array::with_max_entries(1, MMAPABLE); // set at load
 #[map]
-pub(crate) static RUNNING: Array<Running> = Array::with_max_entries(1, MMAPABLE); // set at load
-#[map]
-pub(crate) static CHARGED: Array<Charged> = Array::with_max_entries(CHARGED_TASKS, MMAPABLE);
+pub(crate) static SINCE: Array<u64> = Array::with_max_entries(1, MMAPABLE); // set at load
 #[map]
 pub(crate) static CACHE: Array<u64> = Array::with_max_entries(CACHE_LANES, 0); // set at load
 #[map]
@@ -42,9 +40,13 @@ pub(crate) static WATCHED_BLOCK: HashMap<u64, u32> = HashMap::with_max_entries(2
 #[map]
 pub(crate) static PORTS: Array<u64> = Array::with_max_entries(2, 0);
 
-/// TCP socket → what is known of its connection. Ends with the socket.
-#[btf_map]
-pub(crate) static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
+/// Process or thread id → what is known of the task. About 4 MiB.
+#[map]
+pub(crate) static TASKS: HashMap<u32, Task> = HashMap::with_max_entries(1 << 15, 0);
+
+/// TCP socket (the address of its struct) → what is known of its connection. About 7 MiB.
+#[map]
+pub(crate) static CONNECTIONS: HashMap<u64, Connection> = HashMap::with_max_entries(1 << 16, 0);
 
 /// (slot, request queue) → the sector after the last request.
 #[map]

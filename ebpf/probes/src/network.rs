@@ -1,159 +1,142 @@
-//! Packets and bytes per cgroup, and the latency of requests, from `cgroup_skb` at the root of the v2 hierarchy.
+//! What connections carry, and the latency of requests, segment by segment as they arrive.
 //!
-//! Latency needs no knowledge of the protocol: on a connection that was accepted, the first packet with payload that
-//! arrives starts a request, and the first packet with payload that leaves answers it. With pipelining this is the
-//! time to the first answer of the batch. What a service asks of others is left out: its own SYN marks the
-//! connection as a client's. Bytes are those of the IP layer. The round-trip time is what TCP itself reckons with,
+//! What is counted is what the kernel counts for each connection anyway, taken over at every segment that arrives, and when it
+//! ends: what was sent since is in the next window. Bytes are those that programs sent and received, without headers; what is
+//! sent again counts again.
+//!
+//! Latency needs no knowledge of the protocol: on a connection that was accepted, the first segment with payload that
+//! arrives starts a request, and the first with payload that leaves answers it. With pipelining this is the time to the first
+//! answer of the batch. When the answer left the kernel has kept for itself; whatever arrives next, the acknowledgement at the
+//! latest, is when it is read. What a service asks of others is left out. The round-trip time is what TCP itself reckons with,
 //! looked at as a request is answered.
-//!
-//! What is known of a connection, whose it is among it, is kept with its socket: finding it there takes a few loads.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
-use aya_ebpf::helpers::generated::{
-    bpf_sk_fullsock, bpf_sk_storage_get, bpf_skb_cgroup_id, bpf_skb_load_bytes, bpf_tcp_sock,
-};
-use aya_ebpf::macros::cgroup_skb;
-use aya_ebpf::programs::SkBuffContext;
-use warmswap_events::{Distribution, LANE_EGRESS, LANE_INGRESS, SLOTS_MAX};
+use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
+use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
+use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
+use warmswap_events::{Counters, Distribution};
 
 use crate::emit::now_ns;
-use crate::maps::{ASKED, CONNECTIONS, add_shared, counters, cpu, record};
-use crate::{cgroup, trouble};
-
-const PASS: i32 = 1;
-
-const PROTOCOL_TCP: u32 = 6;
-const STATE_LISTEN: u32 = 10;
-const FLAG_SYN: u8 = 0x02;
-const FLAG_ACK: u8 = 0x10;
+use crate::maps::{ASKED, CONNECTIONS, add_shared, counters, cpu, layout, record};
+use crate::{cgroup, read, trouble};
 
 /// Request state of a connection: nothing asked; a client's; else the time the pending request arrived.
 const IDLE: u64 = 0;
 const CLIENT: u64 = u64::MAX;
 
-const SLOT_BITS: u32 = SLOTS_MAX.trailing_zeros();
-const SLOT_MASK: u64 = SLOTS_MAX as u64 - 1;
+/// No header of TCP is longer.
+const HEADER_MAX: u32 = 60;
 
-/// What is kept with a TCP socket.
+/// An established TCP connection of a watched cgroup.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub(crate) struct Connection {
-    /// The slot, and above it the epoch of which it is, all of it: a connection may be silent for long.
-    owner: u64,
     request: u64,
+    /// Up to what is counted.
+    bytes_received: u64,
+    bytes_sent: u64,
+    segments_in: u32,
+    segments_out: u32,
+    /// The next to be sent as the pending request arrived, in sequence numbers.
+    next: u32,
+    /// Whose it was then.
+    slot: u32,
 }
 
-#[cgroup_skb]
-pub(crate) fn net_ingress(ctx: SkBuffContext) -> i32 {
-    let skb = ctx.skb.skb;
+/// A struct of the kernel, and how to read it.
+#[derive(Clone, Copy)]
+enum Struct {
+    /// The verifier knows its type: read like any memory.
+    Typed(u64),
+    /// Read by a helper.
+    Raw(u64),
+}
+
+impl Struct {
+    #[inline(always)]
+    fn at<T: Copy + Default>(self, offset: u32) -> T {
+        match self {
+            // SAFETY: the verifier has checked that this lies inside the struct.
+            Self::Typed(base) => unsafe { core::ptr::read_volatile(base.wrapping_add(u64::from(offset)) as *const T) },
+            Self::Raw(base) => read::at(base, offset).unwrap_or_default(),
+        }
+    }
+}
+
+/// Fields are read without helpers, which are most of what the other program costs.
+#[btf_tracepoint(function = "tcp_probe")]
+pub(crate) fn segment_typed(ctx: BtfTracePointContext) -> i32 {
+    // (sock, skb); where BTF says otherwise the sensor attaches neither program.
+    let sock: u64 = ctx.arg(0);
     let cpu = cpu();
-    let (slot, connection, _) = whose(skb, cpu, LANE_INGRESS);
-    let Some(counters) = counters(slot, cpu) else { return PASS };
-    add_shared!(counters, rx_packets, packets(skb));
-    add_shared!(counters, rx_bytes, u64::from(length(skb)));
-    if let Some(connection) = connection
-        && let Some(tcp) = Tcp::of(skb)
-        && tcp.payload
-    {
-        // SAFETY: `whose` found it; one word.
-        unsafe {
-            if (*connection).request == IDLE {
-                (*connection).request = asked(slot);
-            }
+    let slot = cgroup::of_typed_sock(cpu, sock);
+    if slot != 0 {
+        // SAFETY: a socket of a type that the verifier knows, and so is the result, when it is one.
+        let tcp = unsafe { bpf_skc_to_tcp_sock(sock as *mut _) } as u64;
+        if tcp != 0 {
+            arrives(cpu, slot, sock, Struct::Typed(tcp), Struct::Typed(ctx.arg(1)));
         }
     }
-    PASS
+    0
 }
 
-#[cgroup_skb]
-pub(crate) fn net_egress(ctx: SkBuffContext) -> i32 {
-    let skb = ctx.skb.skb;
+/// Where the kernel refuses the typed one.
+#[raw_tracepoint(tracepoint = "tcp_probe")]
+pub(crate) fn segment(ctx: RawTracePointContext) -> i32 {
+    let sock: u64 = ctx.arg(0);
     let cpu = cpu();
-    let (slot, connection, socket) = whose(skb, cpu, LANE_EGRESS);
-    let Some(counters) = counters(slot, cpu) else { return PASS };
-    add_shared!(counters, tx_packets, packets(skb));
-    add_shared!(counters, tx_bytes, u64::from(length(skb)));
-    let (Some(connection), Some(tcp)) = (connection, Tcp::of(skb)) else { return PASS };
-    // SAFETY: `whose` found it; one word.
-    let since = unsafe { (*connection).request };
-    if tcp.payload {
-        if since != IDLE && since != CLIENT {
-            // SAFETY: as above.
-            unsafe { (*connection).request = IDLE };
-            record(slot, Distribution::RequestLatency, now_ns().wrapping_sub(since));
-            if let Some(us) = round_trip_us(socket) {
-                record(slot, Distribution::RoundTrip, u64::from(us) * 1000);
-            }
-        }
-    } else if tcp.flags & (FLAG_SYN | FLAG_ACK) == FLAG_SYN {
-        // SAFETY: as above.
-        unsafe { (*connection).request = CLIENT };
+    let slot = cgroup::of_any_sock(cpu, sock);
+    if slot != 0 {
+        arrives(cpu, slot, sock, Struct::Raw(sock), Struct::Raw(ctx.arg(1)));
     }
-    PASS
+    0
 }
 
-/// The slot of the packet's socket, what is kept of its connection, and the socket, null where there is none. What is kept
-/// begins with the first packet of a watched connection; a listening socket is none.
+/// A segment has arrived and is about to be looked at. That it has is counted by the kernel already, what it brings is not.
 #[inline(always)]
-fn whose(skb: *mut __sk_buff, cpu: u32, lane: u32) -> (u32, Option<*mut Connection>, *mut bpf_sock) {
-    let socket = full_socket(skb);
-    // SAFETY: looked at for null first; the fields are the program's to read.
-    let connects =
-        unsafe { !socket.is_null() && (*socket).protocol == PROTOCOL_TCP && (*socket).state != STATE_LISTEN };
-    if !connects {
-        return (cgroup::of_skb(cpu, lane, skb), None, socket);
+fn arrives(cpu: u32, slot: u32, sock: u64, tcp: Struct, skb: Struct) {
+    let Some(counters) = counters(slot, cpu) else { return };
+    let length: u32 = skb.at(layout!(skb_length));
+    let brings = length.saturating_sub(u32::from(tcp.at::<u16>(layout!(tcp_header_length))));
+    let connection = match CONNECTIONS.get_ptr_mut(&sock) {
+        Some(connection) => connection,
+        None => match begin_before(slot, sock, tcp) {
+            Some(connection) => connection,
+            None => return,
+        },
+    };
+    // SAFETY: the lookup succeeded. A segment at a time: the kernel has locked the socket.
+    let connection = unsafe { &mut *connection };
+    take_over(connection, counters, tcp, u64::from(brings));
+    if connection.request == CLIENT {
+        return;
     }
-    let epoch = cgroup::epoch() << SLOT_BITS;
-    let connection = kept(socket, core::ptr::null_mut());
-    if connection.is_null() {
-        let slot = cgroup::of_skb(cpu, lane, skb);
-        return (slot, if slot == 0 { None } else { begin(skb, socket, epoch | u64::from(slot)) }, socket);
+    if connection.slot != slot {
+        // What was asked while it was somebody else's is answered in no time that counts.
+        connection.slot = slot;
+        connection.request = IDLE;
     }
-    // SAFETY: the lookup succeeded; one word.
-    let owner = unsafe { (*connection).owner };
-    if owner & !SLOT_MASK == epoch {
-        return ((owner & SLOT_MASK) as u32, Some(connection), socket);
+    let next: u32 = tcp.at(layout!(tcp_sent_next));
+    if connection.request != IDLE && next != connection.next {
+        answered(slot, connection.request, tcp);
+        connection.request = IDLE;
     }
-    let slot = cgroup::of_skb(cpu, lane, skb);
-    // SAFETY: as above.
-    unsafe {
-        (*connection).owner = epoch | u64::from(slot);
-        // What was asked while it was somebody else's, or nobody's, is answered in no time that counts.
-        if owner & SLOT_MASK != u64::from(slot) && (*connection).request != CLIENT {
-            (*connection).request = IDLE;
-        }
+    // Of what is longer than its usual header the rest may still be a longer header: of an acknowledgement of gaps.
+    if connection.request == IDLE && brings != 0 && (length > HEADER_MAX || length > header_length(skb)) {
+        connection.request = asked(slot);
+        connection.next = next;
     }
-    (slot, Some(connection), socket)
 }
 
-/// `None` when memory is short: then a request is not measured, or a client's connection taken for a server's.
+/// The request was answered since the last segment arrived.
 #[inline(always)]
-fn begin(skb: *mut __sk_buff, socket: *mut bpf_sock, owner: u64) -> Option<*mut Connection> {
-    let mut first = Connection { owner, request: IDLE };
-    let connection = kept(socket, &raw mut first);
-    if connection.is_null() {
-        // SAFETY: `skb` is the program's context.
-        trouble::unmeasured_request(unsafe { bpf_skb_cgroup_id(skb) });
-        return None;
-    }
-    Some(connection)
-}
-
-/// What is kept with the socket; null when nothing is and there is nothing to begin with, or no memory for it.
-#[inline(always)]
-fn kept(socket: *mut bpf_sock, first: *mut Connection) -> *mut Connection {
-    let flags = if first.is_null() { 0 } else { u64::from(BPF_SK_STORAGE_GET_F_CREATE) };
-    let map = (&raw const CONNECTIONS).cast_mut().cast();
-    // SAFETY: a full socket, and a value to copy or none.
-    unsafe { bpf_sk_storage_get(map, socket.cast(), first.cast(), flags) }.cast()
-}
-
-#[inline(always)]
-fn full_socket(skb: *mut __sk_buff) -> *mut bpf_sock {
-    // SAFETY: the program's context; the verifier makes sure that the pointer is looked at before it is used.
-    unsafe {
-        let any = (*skb).__bindgen_anon_2.sk;
-        if any.is_null() { any } else { bpf_sk_fullsock(any) }
-    }
+fn answered(slot: u32, since_ns: u64, tcp: Struct) {
+    // When nothing else was on its way the kernel has noted, to the microsecond, when it sent the first of what now is.
+    let first_us: u64 = tcp.at(layout!(tcp_first_sent));
+    let left_ns = if first_us >= since_ns / 1000 { first_us * 1000 } else { now_ns() };
+    record(slot, Distribution::RequestLatency, left_ns.saturating_sub(since_ns));
+    // The kernel keeps eight times the value.
+    let round_trip_us = tcp.at::<u32>(layout!(tcp_round_trip)) >> 3;
+    record(slot, Distribution::RoundTrip, u64::from(round_trip_us) * 1000);
 }
 
 /// A request arrives now: the time, after the gap to the one before was taken in. Of two that arrive at once on two CPUs one
@@ -172,65 +155,75 @@ fn asked(slot: u32) -> u64 {
 }
 
 #[inline(always)]
-fn round_trip_us(socket: *mut bpf_sock) -> Option<u32> {
-    // SAFETY: a full socket; the verifier makes sure that the result is looked at before it is used.
-    unsafe {
-        let tcp = bpf_tcp_sock(socket);
-        // The kernel keeps eight times the value.
-        if tcp.is_null() { None } else { Some((*tcp).srtt_us >> 3) }
+fn header_length(skb: Struct) -> u32 {
+    const DATA_OFFSET: u32 = 12;
+    read::at::<u8>(skb.at(layout!(skb_data)), DATA_OFFSET).map_or(HEADER_MAX, |words| u32::from(words >> 4) * 4)
+}
+
+/// Counts what the connection has carried since it was looked at last. `brings` is to be received.
+#[inline(always)]
+fn take_over(connection: &mut Connection, counters: *mut Counters, tcp: Struct, brings: u64) {
+    let received = tcp.at::<u64>(layout!(tcp_bytes_received)).wrapping_add(brings);
+    // What came twice, or was a longer header, is seen the next time.
+    if received > connection.bytes_received {
+        add_shared!(counters, rx_bytes, received - connection.bytes_received);
+        connection.bytes_received = received;
+    }
+    let sent: u64 = tcp.at(layout!(tcp_bytes_sent));
+    if sent != connection.bytes_sent {
+        add_shared!(counters, tx_bytes, sent.wrapping_sub(connection.bytes_sent));
+        connection.bytes_sent = sent;
+    }
+    let (segments_in, segments_out): (u32, u32) =
+        (tcp.at(layout!(tcp_segments_in)), tcp.at(layout!(tcp_segments_out)));
+    add_shared!(counters, rx_packets, u64::from(segments_in.wrapping_sub(connection.segments_in)));
+    connection.segments_in = segments_in;
+    if segments_out != connection.segments_out {
+        add_shared!(counters, tx_packets, u64::from(segments_out.wrapping_sub(connection.segments_out)));
+        connection.segments_out = segments_out;
     }
 }
 
+/// A connection that was there before anybody watched counts from now on. Who asked for it is not known.
 #[inline(always)]
-fn length(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: the program's context.
-    unsafe { (*skb).len }
+fn begin_before(slot: u32, sock: u64, tcp: Struct) -> Option<*mut Connection> {
+    let connection = Connection {
+        request: IDLE,
+        bytes_received: tcp.at(layout!(tcp_bytes_received)),
+        bytes_sent: tcp.at(layout!(tcp_bytes_sent)),
+        segments_in: tcp.at::<u32>(layout!(tcp_segments_in)).wrapping_sub(1),
+        segments_out: tcp.at(layout!(tcp_segments_out)),
+        next: 0,
+        slot,
+    };
+    begin(sock, &connection);
+    CONNECTIONS.get_ptr_mut(&sock)
 }
 
-/// Packets on the wire: a large buffer is cut into segments later, or was joined from them before.
 #[inline(always)]
-fn packets(skb: *mut __sk_buff) -> u64 {
-    // SAFETY: the program's context.
-    let segments = unsafe { (*skb).gso_segs };
-    if segments == 0 { 1 } else { u64::from(segments) }
-}
-
-struct Tcp {
-    payload: bool,
-    flags: u8,
-}
-
-impl Tcp {
-    /// `None` for anything but TCP directly inside IPv4 or IPv6.
-    #[inline(always)]
-    fn of(skb: *mut __sk_buff) -> Option<Self> {
-        // Enough for the version, the header length and the protocol of both.
-        let ip: [u8; 12] = load(skb, 0)?;
-        let header: u32 = match ip[0] >> 4 {
-            4 if u32::from(ip[9]) == PROTOCOL_TCP => u32::from(ip[0] & 0x0f) * 4,
-            6 if u32::from(ip[6]) == PROTOCOL_TCP => 40,
-            _ => return None,
-        };
-        // Data offset and flags.
-        let tcp: [u8; 2] = load(skb, header + 12)?;
-        let headers = header + u32::from(tcp[0] >> 4) * 4;
-        Some(Self { payload: length(skb) > headers, flags: tcp[1] })
+fn begin(sock: u64, connection: &Connection) {
+    if CONNECTIONS.insert(&sock, connection, 0).is_err() {
+        trouble::unmeasured_connection(u64::from(connection.slot));
     }
 }
 
-/// From the packet itself where its beginning lies in one piece, as that of nearly all does; else by a helper.
+/// A connection is being made: by whom it is asked for, or with whoever asked.
 #[inline(always)]
-fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
-    // SAFETY: the program's context. What is read lies before the packet's end, which the verifier asks for too.
-    unsafe {
-        let (begin, end) = ((*skb).data as usize, (*skb).data_end as usize);
-        let at = begin + offset as usize;
-        if at + N <= end {
-            return Some(core::ptr::read_unaligned(at as *const [u8; N]));
+pub(crate) fn begins(sock: u64, slot: u32, as_client: bool) {
+    let request = if as_client { CLIENT } else { IDLE };
+    let (bytes_received, bytes_sent, segments_in, segments_out) = (0, 0, 0, 0);
+    begin(sock, &Connection { request, bytes_received, bytes_sent, segments_in, segments_out, next: 0, slot });
+}
+
+/// The connection has ended; its socket still knows what it carried.
+#[inline(always)]
+pub(crate) fn ends(sock: u64, slot: u32, cpu: u32) {
+    if let Some(connection) = CONNECTIONS.get_ptr_mut(&sock) {
+        if let Some(counters) = counters(slot, cpu) {
+            // SAFETY: the lookup succeeded; the kernel has locked the socket.
+            take_over(unsafe { &mut *connection }, counters, Struct::Raw(sock), 0);
         }
+        // Fails only when it is not there.
+        let _ = CONNECTIONS.remove(&sock);
     }
-    let mut bytes = [0u8; N];
-    // SAFETY: the destination is N bytes long; the helper checks the offset.
-    let result = unsafe { bpf_skb_load_bytes(skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
-    if result == 0 { Some(bytes) } else { None }
 }

@@ -4,10 +4,9 @@ use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use warmswap_events::{Class, UID_UNKNOWN};
 
-use crate::cgroup;
 use crate::emit::{Context, emit, wanted};
 use crate::maps::{add_shared, counters, cpu, layout};
-use crate::read;
+use crate::{cgroup, network, read};
 
 const PROTOCOL_TCP: u16 = 6;
 
@@ -28,12 +27,18 @@ pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
     let (old, new) = (ctx.arg::<u32>(1), ctx.arg::<u32>(2));
     let cpu = cpu();
     let owner = cgroup::of_sock(cpu, sock);
+    if new == CLOSE && old != LISTEN {
+        network::ends(sock, owner.slot, cpu);
+    }
     if let Some(counters) = counters(owner.slot, cpu) {
         if new == ESTABLISHED {
             add_shared!(counters, tcp_opened, 1);
             if old == SYN_RECV {
                 add_shared!(counters, accepts, 1);
+                network::begins(sock, owner.slot, false);
             }
+        } else if new == SYN_SENT {
+            network::begins(sock, owner.slot, true);
         } else if new == CLOSE
             && old != CLOSE
             && old != LISTEN

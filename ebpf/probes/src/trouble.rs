@@ -8,14 +8,12 @@
 //!
 //! Not here: numbers. What is lost is counted where it is lost, whether anything is said or not.
 
-use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id};
 use aya_ebpf::maps::HashMap;
 use aya_log_ebpf::macro_support::{Level, level_enabled};
 use aya_log_ebpf::warn;
 use warmswap_events::Class;
 
-use crate::cgroup::{LEVELS, id_of, parent, watched};
+use crate::cgroup::{LEVELS, id_of, parent};
 use crate::maps::{SAID, WATCHED, WATCHED_BLOCK};
 
 /// How far a watched cgroup is looked for, only to say that it is too far away to be found.
@@ -60,15 +58,15 @@ macro_rules! messages {
 
 messages! {
     1 uncounted(cgroup): "cgroup {} is too far below a watched one: what it does is not counted ({} times so far)";
-    2 uncounted_packets(cgroup):
-        "cgroup {} is below a watched one that is too deep: its packets are not counted there ({} times so far)";
+    2 uncounted_task(task):
+        "too many tasks are watched: what process or thread {} does is counted when it has ended ({} times so far)";
     3 misplaced_block(cgroup):
         "cgroup {} is too far below a watched one: its block requests count for who issues them ({} times so far)";
     /// Before 5.16, where a socket has either.
     4 classified_socket(class):
         "a socket has the v1 network class {} instead of a cgroup: its TCP events are nobody's ({} times so far)";
-    5 unmeasured_request(cgroup):
-        "no entry for a connection of cgroup {}: the latency of a request is wrong or not measured ({} times so far)";
+    5 unmeasured_connection(slot):
+        "no entry for a connection of slot {}: what it carries and asks is not counted ({} times so far)";
     6 unordered_block(slot):
         "no entry for a disk of slot {}: a sequential request may count as random ({} times so far)";
     7 unread_mark(cgroup): "the arguments of a handover mark from cgroup {} cannot be read ({} times so far)";
@@ -139,28 +137,5 @@ pub(crate) fn block_search_ended(cgroup: u64, rest: u64) {
     }
     if level_enabled(Level::Warn) {
         look(cgroup, rest);
-    }
-}
-
-/// The same for a packet, whose ancestors are numbered from the root.
-#[inline(always)]
-pub(crate) fn packet_search_ended(skb: *mut __sk_buff) {
-    #[inline(never)]
-    fn look(skb: *mut __sk_buff) {
-        for level in LEVELS + 1..=LEVELS_TOLD {
-            // SAFETY: `skb` is the context of a cgroup_skb program.
-            let ancestor = unsafe { bpf_skb_ancestor_cgroup_id(skb, level) };
-            if ancestor == 0 {
-                return;
-            }
-            if watched(ancestor) != 0 {
-                // SAFETY: as above.
-                uncounted_packets(unsafe { bpf_skb_cgroup_id(skb) });
-                return;
-            }
-        }
-    }
-    if level_enabled(Level::Warn) {
-        look(skb);
     }
 }

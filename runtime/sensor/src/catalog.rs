@@ -9,9 +9,10 @@ use crate::layout::Need;
 pub(crate) enum Hook {
     /// A raw tracepoint, by name.
     Tracepoint(&'static str),
-    /// Packets arriving at, or leaving, any socket below the root of the v2 hierarchy.
-    Ingress,
-    Egress,
+    /// A function of the kernel, by name, as it is called.
+    Function(&'static str),
+    /// Every task, when the sensor wants to know, and what happens to them meanwhile; see [`crate::load`].
+    Tasks,
     /// A program of a service that binds a port. No probe, but loaded and reported like one.
     Bind,
     /// The end of every system call, as long as somebody can read input; see [`crate::at_exit`], which knows the programs.
@@ -55,6 +56,17 @@ fn cgroup_of_sock(l: &Layout) -> Vec<Need> {
         Need::field("sock.skc_num", l.sock_port_local),
         Need::field("sock.skc_dport", l.sock_port_remote),
         Need::field("sock.skc_state", l.sock_state),
+    ]
+}
+
+fn of_datagram(l: &Layout) -> Vec<Need> {
+    vec![
+        Need::field("sock.sk_protocol", l.sock_protocol),
+        Need::field("sk_buff.sk", l.skb_sock),
+        Need::field("sk_buff.len", l.skb_length),
+        Need::field("sk_buff.head", l.skb_head),
+        Need::field("sk_buff.end", l.skb_end),
+        Need::field("skb_shared_info.gso_segs", l.shared_segments),
     ]
 }
 
@@ -116,15 +128,18 @@ pub(crate) const PROBES: &[Probe] = &[
     },
     Probe {
         name: "run-time",
-        program: |_| "switch",
-        typed: Some("switch_typed"),
+        program: |_| "walk",
+        typed: None,
         class: "cpu",
-        hook: Hook::Tracepoint("sched_switch"),
+        hook: Hook::Tasks,
         needs: |l| {
-            let next = Need::argument("the next task of sched_switch", l.arg_switch_next, &[2]);
             let of_task = vec![
-                next,
+                Need::argument("the task of sched_process_free", l.arg_gone_task, &[0]),
+                Need::argument("the task of cgroup_attach_task", l.arg_moved_task, &[2]),
                 Need::field("task_struct.pid", l.task_pid),
+                Need::field("task_struct.tgid", l.task_tgid),
+                Need::field("task_struct.start_time", l.task_start_time),
+                Need::field("task_struct.exit_state", l.task_exit_state),
                 Need::field("task_struct.se.sum_exec_runtime", l.task_run_time),
             ];
             with(cgroup_of_task(l), of_task)
@@ -132,7 +147,7 @@ pub(crate) const PROBES: &[Probe] = &[
     },
     Probe {
         name: "run-delay",
-        program: |_| "switch",
+        program: |_| "walk",
         typed: None,
         class: "cpu",
         hook: Hook::PartOf("run-time"),
@@ -140,7 +155,7 @@ pub(crate) const PROBES: &[Probe] = &[
     },
     Probe {
         name: "file-bytes",
-        program: |_| "switch",
+        program: |_| "walk",
         typed: None,
         class: "disk",
         hook: Hook::PartOf("run-time"),
@@ -155,7 +170,7 @@ pub(crate) const PROBES: &[Probe] = &[
     },
     Probe {
         name: "page-faults",
-        program: |_| "switch",
+        program: |_| "walk",
         typed: None,
         class: "memory",
         hook: Hook::PartOf("run-time"),
@@ -168,7 +183,7 @@ pub(crate) const PROBES: &[Probe] = &[
     },
     Probe {
         name: "major-faults",
-        program: |_| "switch",
+        program: |_| "walk",
         typed: None,
         class: "memory",
         hook: Hook::PartOf("run-time"),
@@ -227,20 +242,63 @@ pub(crate) const PROBES: &[Probe] = &[
         },
     },
     Probe {
-        name: "packets-in",
-        program: |_| "net_ingress",
-        typed: None,
+        name: "tcp-traffic",
+        program: |_| "segment",
+        typed: Some("segment_typed"),
         class: "network",
-        hook: Hook::Ingress,
-        needs: none,
+        hook: Hook::Tracepoint("tcp_probe"),
+        needs: |l| {
+            let of_segment = vec![
+                Need::argument("the socket of tcp_probe", l.arg_segment_sock, &[0]),
+                Need::argument("the packet of tcp_probe", l.arg_segment_skb, &[1]),
+                Need::field("tcp_sock.bytes_received", l.tcp_bytes_received),
+                Need::field("tcp_sock.bytes_sent", l.tcp_bytes_sent),
+                Need::field("tcp_sock.segs_in", l.tcp_segments_in),
+                Need::field("tcp_sock.segs_out", l.tcp_segments_out),
+                Need::field("tcp_sock.tcp_header_len", l.tcp_header_length),
+                Need::field("sk_buff.len", l.skb_length),
+            ];
+            with(cgroup_of_sock(l), of_segment)
+        },
     },
     Probe {
-        name: "packets-out",
-        program: |_| "net_egress",
+        name: "request-latency",
+        program: |_| "segment",
         typed: None,
         class: "network",
-        hook: Hook::Egress,
-        needs: none,
+        hook: Hook::PartOf("tcp-traffic"),
+        needs: |l| {
+            vec![
+                Need::field("tcp_sock.snd_nxt", l.tcp_sent_next),
+                Need::field("tcp_sock.first_tx_mstamp", l.tcp_first_sent),
+                Need::field("tcp_sock.srtt_us", l.tcp_round_trip),
+                Need::field("sk_buff.data", l.skb_data),
+            ]
+        },
+    },
+    Probe {
+        name: "udp-in",
+        program: |_| "datagram_in",
+        typed: None,
+        class: "network",
+        hook: Hook::Function("__udp_enqueue_schedule_skb"),
+        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
+    },
+    Probe {
+        name: "udp-out-v4",
+        program: |_| "datagram_out_v4",
+        typed: None,
+        class: "network",
+        hook: Hook::Function("ip_send_skb"),
+        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
+    },
+    Probe {
+        name: "udp-out-v6",
+        program: |_| "datagram_out_v6",
+        typed: None,
+        class: "network",
+        hook: Hook::Function("ip6_send_skb"),
+        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
     },
     Probe {
         name: "tcp-state",

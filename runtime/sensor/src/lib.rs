@@ -29,7 +29,7 @@ mod ports;
 mod probe_log;
 mod readers;
 mod ring;
-mod stock;
+mod walk;
 mod windows;
 
 use std::collections::VecDeque;
@@ -141,6 +141,8 @@ pub struct Sensor {
     lookout: Option<Lookout>,
     /// Whether it was said that input cannot be counted.
     input_refused: bool,
+    /// Whether it was said that tasks cannot be walked through.
+    walk_failed: bool,
 }
 
 impl Sensor {
@@ -151,10 +153,10 @@ impl Sensor {
     pub fn load(config: SensorConfig) -> Result<Self> {
         config.validate()?;
         let mounts = CgroupMounts::of_host().unwrap_or_else(|error| {
-            tracing::warn!(%error, "cannot read /proc/self/mountinfo; packets will not be seen");
+            tracing::warn!(%error, "cannot read /proc/self/mountinfo; input is counted only while somebody traces it");
             CgroupMounts::default()
         });
-        let loaded = load::load(&config, &mounts)?;
+        let loaded = load::load(&config)?;
         let free = (1..=config.watched_max).collect();
         Ok(Self {
             drain: None,
@@ -170,6 +172,7 @@ impl Sensor {
                 .inspect_err(|error| tracing::warn!(%error, "input is counted only while somebody traces it"))
                 .ok(),
             input_refused: false,
+            walk_failed: false,
         })
     }
 
@@ -261,9 +264,11 @@ impl Sensor {
         }
         let watched_max = self.config.watched_max;
         let slot = self.free.pop_front().ok_or(SensorError::TooManyWatched { cgroup, watched_max })?;
-        stock::forget(&self.loaded, slot);
         // The counters are read before the kernel knows the slot: whatever its last owner left is not ours.
         let mut watched = Watched::new(&self.loaded, cgroup, slot, None);
+        if let [since] = self.loaded.since.words(slot as usize) {
+            since.store(drain::monotonic_ns(), Ordering::Relaxed);
+        }
         if let Err(source) = self.loaded.watched.insert(cgroup.0, slot, 0) {
             self.free.push_front(slot);
             return Err(SensorError::MapUpdate { name: map::WATCHED, source });
@@ -273,8 +278,8 @@ impl Sensor {
         link_block(&mut self.loaded, &self.mounts, &mut watched);
         self.watched.push(watched);
         self.raise_epoch();
-        // What runs there already counts from now on.
-        stock::take_everywhere(&self.loaded);
+        // What is there already counts from now on.
+        self.walk();
         self.look_for_readers();
         Ok(())
     }
@@ -289,10 +294,19 @@ impl Sensor {
             let _ = self.loaded.watched_block.remove(&block);
         }
         self.raise_epoch();
-        stock::take_everywhere(&self.loaded);
+        self.walk();
         let last = watched.window(&self.loaded, self.disk_source());
         self.free.push_back(watched.slot);
         Some(last)
+    }
+
+    /// Has what tasks have counted taken over.
+    fn walk(&mut self) {
+        if let Err(error) = walk::walk(&mut self.loaded.object)
+            && !std::mem::replace(&mut self.walk_failed, true)
+        {
+            tracing::warn!(%error, "tasks cannot be walked through; what they do is counted when they end");
+        }
     }
 
     /// Whether all places are taken, so that [`Self::watch`] would refuse another cgroup.
@@ -323,7 +337,7 @@ impl Sensor {
     /// The same of some only: what was counted for the others waits for their next window.
     pub fn windows_of(&mut self, wanted: impl Fn(CgroupId) -> bool) -> Vec<FeatureWindow> {
         self.losses.tell(&self.tally.totals(&self.loaded.account));
-        stock::take(&self.loaded);
+        self.walk();
         let disk = self.disk_source();
         let mut windows = Vec::with_capacity(self.watched.len());
         for watched in self.watched.iter_mut().filter(|watched| wanted(watched.cgroup)) {

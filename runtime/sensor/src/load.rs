@@ -1,14 +1,12 @@
 //! Loads the BPF object, creates its maps for this host, and attaches each program on its own.
 
-use std::fs::File;
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, HashMap, Map, MapData};
-use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, KProbe, Program, ProgramError, RawTracePoint};
+use aya::programs::{KProbe, Program, ProgramError, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
 use warmswap_events::{
-    CACHE_LANES, CHARGED_TASKS, Charged, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, Running,
-    global, map,
+    CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, global, map,
 };
 
 use crate::SensorConfig;
@@ -16,11 +14,11 @@ use crate::at_exit::AtExit;
 use crate::btf::Btf;
 use crate::catalog::{Hook, PROBES, Probe, ProbeStatus, marks_by_registers};
 use crate::error::SensorError;
-use crate::host::CgroupMounts;
 use crate::layout::{Need, layout_of, syscall_table};
 use crate::mapped::MappedArray;
 use crate::probe_log::{self, ProbeLog};
 use crate::ring::Ring;
+use crate::walk;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/warmswap-probes"));
 
@@ -42,8 +40,8 @@ pub(crate) struct Loaded {
     pub(crate) histograms: MappedArray<Histogram>,
     /// By slot, when it was asked last; see `probes::network`.
     pub(crate) asked: Array<MapData, u64>,
-    pub(crate) running: MappedArray<Running>,
-    pub(crate) charged: MappedArray<Charged>,
+    /// By slot, since when it is watched.
+    pub(crate) since: MappedArray<u64>,
     pub(crate) control: std::sync::Arc<MappedArray<Control>>,
     pub(crate) account: MappedArray<ClassAccount>,
     pub(crate) watched: HashMap<MapData, u64, u32>,
@@ -75,7 +73,7 @@ pub(crate) fn cpus_possible() -> Result<u32, SensorError> {
     highest.map(|highest| highest + 1).ok_or_else(|| SensorError::Cpus { path: CPUS_POSSIBLE, source: bad() })
 }
 
-pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loaded, SensorError> {
+pub(crate) fn load(config: &SensorConfig) -> Result<Loaded, SensorError> {
     if OBJECT.is_empty() {
         return Err(SensorError::NoPrograms);
     }
@@ -100,7 +98,7 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         .map_max_entries(map::COUNTERS, slots * cpus)
         .map_max_entries(map::HISTOGRAMS, slots * DISTRIBUTIONS)
         .map_max_entries(map::ASKED, slots)
-        .map_max_entries(map::RUNNING, cpus)
+        .map_max_entries(map::SINCE, slots)
         .map_max_entries(map::CACHE, cpus * CACHE_LANES)
         .map_max_entries(map::WATCHED, slots)
         .map_max_entries(map::WATCHED_BLOCK, slots)
@@ -112,14 +110,12 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         .map_err(|source| SensorError::Load { source: Box::new(source) })?;
 
     let wanted = Wanted { disabled: &config.disabled };
-    // aya's own reader, for the type ids of typed tracepoints.
-    let types = || aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no typed tracepoints")).ok();
-    let types = if config.typed { types() } else { None };
+    // aya's own reader, for the type ids of typed tracepoints and of the walk over tasks.
+    let types = aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no types of the kernel")).ok();
     let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
     let kernel =
-        Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, mounts, control: &control };
+        Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, control: &control };
     let (probes, at_exit) = attach_all(&mut object, &kernel, wanted);
-    load_stock(&mut object);
 
     let (slots, cpus) = (slots as usize, cpus as usize);
     Ok(Loaded {
@@ -129,8 +125,7 @@ pub(crate) fn load(config: &SensorConfig, mounts: &CgroupMounts) -> Result<Loade
         counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
         histograms: mapped(&mut object, map::HISTOGRAMS, slots * DISTRIBUTIONS as usize)?,
         asked: array(&mut object, map::ASKED)?,
-        running: mapped(&mut object, map::RUNNING, cpus)?,
-        charged: mapped(&mut object, map::CHARGED, CHARGED_TASKS as usize)?,
+        since: mapped(&mut object, map::SINCE, slots)?,
         control,
         account: mapped(&mut object, map::ACCOUNT, warmswap_events::CLASSES)?,
         watched: hash(&mut object, map::WATCHED)?,
@@ -178,23 +173,18 @@ fn hash(object: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, u64, u
 struct Kernel<'a> {
     btf: &'a Btf,
     layout: &'a Layout,
-    /// For typed tracepoints; `None` when they are not to be had or not wanted.
     types: Option<&'a aya::Btf>,
     /// See [`SensorConfig::typed`].
     typed: bool,
-    mounts: &'a CgroupMounts,
     control: &'a MappedArray<Control>,
 }
 
-/// Never attached; see `probes::schedule`. Without it what a running task has counted since its last switch waits for the next.
-fn load_stock(object: &mut Ebpf) {
-    let Some(Program::RawTracePoint(program)) = object.program_mut(TAKE_STOCK) else { return };
-    if let Err(error) = program.load() {
-        tracing::warn!(reason = refusal(&error), "what running tasks do is counted late, as they leave their CPU");
+impl Kernel<'_> {
+    /// For typed tracepoints; `None` when they are not to be had or not wanted.
+    fn types_of_arguments(&self) -> Option<&aya::Btf> {
+        self.types.filter(|_| self.typed)
     }
 }
-
-pub(crate) const TAKE_STOCK: &str = "take_stock";
 
 fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Vec<ProbeStatus>, Option<AtExit>) {
     let mut done: Vec<ProbeStatus> = Vec::with_capacity(PROBES.len());
@@ -207,6 +197,7 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Ve
             _ if attach_typed(object, kernel, probe) => Ok(format!("{}, typed", hook_name(probe.hook))),
             Hook::WhileInputIsRead => attach_input(object, kernel, probe, &mut at_exit),
             Hook::Marks => attach_marks(object, kernel, &mut at_exit),
+            Hook::Tasks => attach_tasks(object, kernel, probe).map(|()| hook_name(probe.hook)),
             hook => attach(object, kernel, probe, &done).map(|()| hook_name(hook)),
         };
         if let Err(reason) = &result {
@@ -226,8 +217,8 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Ve
 fn hook_name(hook: Hook) -> String {
     match hook {
         Hook::Tracepoint(name) => format!("tracepoint {name}"),
-        Hook::Ingress => "cgroup_skb ingress".to_owned(),
-        Hook::Egress => "cgroup_skb egress".to_owned(),
+        Hook::Function(name) => format!("kprobe {name}"),
+        Hook::Tasks => "iterator over tasks".to_owned(),
         Hook::Bind => "cgroup bind, of services".to_owned(),
         Hook::WhileInputIsRead => "tracepoint sys_exit, while input can be read".to_owned(),
         Hook::Marks => "prctl".to_owned(),
@@ -242,7 +233,7 @@ fn attach_input(
     at_exit: &mut Option<AtExit>,
 ) -> Result<String, String> {
     met((probe.needs)(kernel.layout))?;
-    let loaded = at_exit.insert(AtExit::load(object, kernel.types)?);
+    let loaded = at_exit.insert(AtExit::load(object, kernel.types_of_arguments())?);
     Ok(format!("{}{}", hook_name(probe.hook), if loaded.is_typed() { ", typed" } else { "" }))
 }
 
@@ -270,13 +261,33 @@ fn attach_marks(object: &mut Ebpf, kernel: &Kernel<'_>, at_exit: &mut Option<AtE
     }
     let loaded = match at_exit {
         Some(loaded) => loaded,
-        None => at_exit.insert(AtExit::load(object, kernel.types)?),
+        None => at_exit.insert(AtExit::load(object, kernel.types_of_arguments())?),
     };
     loaded.keep(object)?;
     if let [.., marks_at_exit] = kernel.control.words(0) {
         marks_at_exit.store(1, std::sync::atomic::Ordering::Relaxed);
     }
     Ok("tracepoint sys_exit".to_owned())
+}
+
+/// The walk, and what happens to tasks between two of them.
+fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result<(), String> {
+    const HAPPENS: [(&str, &str); 3] = [
+        ("task_moved", "cgroup_attach_task"),
+        ("task_ends", "sched_process_exit"),
+        ("task_gone", "sched_process_free"),
+    ];
+    met((probe.needs)(kernel.layout))?;
+    let types = kernel.types.ok_or("the types of this kernel cannot be read")?;
+    let walk = walk::program(object).ok_or_else(|| format!("the object has no program {}", walk::PROGRAM))?;
+    walk.load("task", types).map_err(|error| refusal(&error))?;
+    for (name, tracepoint) in HAPPENS {
+        match object.program_mut(name) {
+            Some(Program::RawTracePoint(program)) => attach_tracepoint(program, tracepoint)?,
+            _ => return Err(format!("the object has no program {name}")),
+        }
+    }
+    Ok(())
 }
 
 /// `Err` is the first that is not.
@@ -286,7 +297,8 @@ fn met(needs: impl IntoIterator<Item = Need>) -> Result<(), String> {
 
 /// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
 fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
-    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (kernel.types, probe.typed, probe.hook) else {
+    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (kernel.types_of_arguments(), probe.typed, probe.hook)
+    else {
         return false;
     };
     if met((probe.needs)(kernel.layout)).is_err() {
@@ -316,11 +328,9 @@ fn attach(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe, done: &[ProbeSt
     }
     let name = (probe.program)(kernel.layout);
     let program = object.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
-    let mounts = kernel.mounts;
     match (probe.hook, program) {
         (Hook::Tracepoint(name), Program::RawTracePoint(program)) => attach_tracepoint(program, name),
-        (Hook::Ingress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Ingress),
-        (Hook::Egress, Program::CgroupSkb(program)) => attach_packets(program, mounts, CgroupSkbAttachType::Egress),
+        (Hook::Function(name), Program::KProbe(program)) => attach_function(program, name),
         // To a service, when there is one.
         (Hook::Bind, Program::CgroupSockAddr(program)) => program.load().map_err(|error| refusal(&error)),
         _ => Err(format!("the object's {name} is a program of another type")),
@@ -335,14 +345,6 @@ fn attach_function(program: &mut KProbe, name: &str) -> Result<(), String> {
 fn attach_tracepoint(program: &mut RawTracePoint, name: &str) -> Result<(), String> {
     program.load().map_err(|error| refusal(&error))?;
     program.attach(name).map(drop).map_err(|error| refusal(&error))
-}
-
-fn attach_packets(program: &mut CgroupSkb, mounts: &CgroupMounts, way: CgroupSkbAttachType) -> Result<(), String> {
-    let root = mounts.v2.as_ref().ok_or("no cgroup v2 hierarchy is mounted")?;
-    program.load().map_err(|error| refusal(&error))?;
-    let root_fd = File::open(root).map_err(|error| format!("cannot open {}: {error}", root.display()))?;
-    // A link is one of many by nature; the flag for "many" is for attachments without a link, and refused here.
-    program.attach(root_fd, way, CgroupAttachMode::Single).map(drop).map_err(|error| refusal(&error))
 }
 
 /// How the lines begin that the verifier adds to every log.

@@ -13,10 +13,8 @@ use memmap2::{MmapOptions, MmapRaw};
 /// The type must be `repr(C)`, without padding, and made of integers alone that fill whole words.
 pub(crate) unsafe trait Words: Copy {}
 
-// SAFETY: repr(C) of u64, and of u32 in pairs that fill a word; sizes are asserted in warmswap-events.
-unsafe impl Words for warmswap_events::Running {}
-// SAFETY: as above.
-unsafe impl Words for warmswap_events::Charged {}
+// SAFETY: the word itself.
+unsafe impl Words for u64 {}
 // SAFETY: repr(C) of u64 only.
 unsafe impl Words for warmswap_events::Counters {}
 // SAFETY: as above.

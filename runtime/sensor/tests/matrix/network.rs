@@ -17,8 +17,7 @@ const OUT: u64 = 10;
 const IN: u64 = 3;
 const OUT_BYTES: usize = 100;
 const IN_BYTES: usize = 50;
-const UDP_HEADER: u64 = 8;
-const FAMILIES: [(&str, u64); 2] = [("127.0.0.1:0", 20), ("[::1]:0", 40)];
+const FAMILIES: [(&str, &str); 2] = [("127.0.0.1:0", "udp-out-v4"), ("[::1]:0", "udp-out-v6")];
 
 const ACCEPTED: u64 = 5;
 const REQUESTS: u64 = 4;
@@ -34,11 +33,12 @@ pub(crate) fn drive(sensor: &mut Sensor, report: &mut Report) {
 }
 
 fn datagrams(sensor: &mut Sensor, report: &mut Report) {
-    let mut stage = Stage::new(sensor);
-    let (mut out_bytes, mut in_bytes, mut families) = (0, 0, 0);
-    for (address, ip_header) in FAMILIES {
-        // A host without IPv6 has one family less.
-        let Ok(outside) = UdpSocket::bind(address) else { continue };
+    for (address, out) in FAMILIES {
+        let mut stage = Stage::new(sensor);
+        let Ok(outside) = UdpSocket::bind(address) else {
+            report.undriven(out, &[], "no such addresses here");
+            continue;
+        };
         let to = Address::of(outside.local_addr().expect("bound"));
         let child = stage.cgroup.spawn(|| send_and_receive(&to));
         let mut buffer = [0; 2 * OUT_BYTES];
@@ -50,15 +50,12 @@ fn datagrams(sensor: &mut Sensor, report: &mut Report) {
             }
         }
         assert_eq!(child.wait(), 0, "the work itself failed");
-        families += 1;
-        out_bytes += OUT * (OUT_BYTES as u64 + UDP_HEADER + ip_header);
-        in_bytes += IN * (IN_BYTES as u64 + UDP_HEADER + ip_header);
+        let counts = stage.counts();
+        report.exact(out, "tx_packets", OUT, counts.tx_packets);
+        report.exact(out, "tx_bytes", OUT * OUT_BYTES as u64, counts.tx_bytes);
+        count!(report, "udp-in", counts.rx_packets == IN);
+        count!(report, "udp-in", counts.rx_bytes == IN * IN_BYTES as u64);
     }
-    let counts = stage.counts();
-    count!(report, "packets-out", counts.tx_packets == OUT * families);
-    count!(report, "packets-out", counts.tx_bytes == out_bytes);
-    count!(report, "packets-in", counts.rx_packets == IN * families);
-    count!(report, "packets-in", counts.rx_bytes == in_bytes);
 }
 
 /// As a server: whoever asks closes first.
@@ -70,17 +67,22 @@ fn accepted(sensor: &mut Sensor, report: &mut Report) {
     for _ in 0..ACCEPTED {
         ask(port, &told, REQUESTS);
     }
+    let [segments_in, segments_out] = segments_from(&told);
     assert_eq!(child.wait(), 0, "the work itself failed");
     let changes = stage.events_up_to(5 * ACCEPTED as usize + 2, is_tcp);
     let window = stage.window();
     let counts = window.counts;
+    count!(report, "tcp-traffic", counts.rx_bytes == ACCEPTED * REQUESTS);
+    count!(report, "tcp-traffic", counts.tx_bytes == ACCEPTED * REQUESTS);
+    count!(report, "tcp-traffic", counts.rx_packets == segments_in);
+    count!(report, "tcp-traffic", counts.tx_packets == segments_out);
     count!(report, "accepts", counts.accepts == ACCEPTED);
     count!(report, "tcp-state", counts.tcp_opened == ACCEPTED);
     count!(report, "tcp-state", counts.tcp_closed == ACCEPTED);
     let durations = window.durations;
-    values!(report, "packets-in", durations.request_latency == ACCEPTED * REQUESTS);
-    values!(report, "packets-in", durations.request_gap == ACCEPTED * REQUESTS - 1);
-    values!(report, "packets-out", durations.round_trip == ACCEPTED * REQUESTS);
+    values!(report, "request-latency", durations.request_latency == ACCEPTED * REQUESTS);
+    values!(report, "request-latency", durations.request_gap == ACCEPTED * REQUESTS - 1);
+    values!(report, "request-latency", durations.round_trip == ACCEPTED * REQUESTS);
     let expected = [
         ("close → listen", 1),
         ("listen → syn-recv", ACCEPTED),
@@ -173,6 +175,16 @@ fn port_from(told: &OwnedFd) -> u16 {
     u16::from_ne_bytes(port)
 }
 
+/// Of all connections of [`serve`], in and out, by the kernel's own count.
+fn segments_from(told: &OwnedFd) -> [u64; 2] {
+    let mut segments = [0u64; 2];
+    let length = size_of_val(&segments);
+    // SAFETY: as many bytes of our own stack.
+    let read = unsafe { libc::read(told.as_raw_fd(), segments.as_mut_ptr().cast(), length) };
+    assert_eq!(read, length as isize, "the child has served them all");
+    segments
+}
+
 /// A client outside: so many requests of one byte, each answered before the next. The first waits until the connection was
 /// accepted: a packet that overtakes the end of the handshake on another CPU makes the kernel make the socket twice.
 fn ask(port: u16, told: &OwnedFd, requests: u64) -> TcpStream {
@@ -261,7 +273,8 @@ fn connect_and_close(to: &Address) -> i32 {
     0
 }
 
-/// Tells its port, then serves so many connections one after the other, each told when it is accepted: a byte for a byte.
+/// Tells its port, then serves so many connections one after the other, each told when it is accepted: a byte for a byte; and
+/// at the end how many segments they took.
 fn serve(tell: i32, connections: u64, end: End) -> i32 {
     // SAFETY: our own descriptors and stack; addresses of the length given.
     unsafe {
@@ -278,6 +291,7 @@ fn serve(tell: i32, connections: u64, end: End) -> i32 {
         }
         let port = u16::from_be(address.sin_port).to_ne_bytes();
         libc::write(tell, port.as_ptr().cast(), 2);
+        let mut segments = [0u64; 2];
         for _ in 0..connections {
             let connection = libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut());
             give(tell);
@@ -292,11 +306,28 @@ fn serve(tell: i32, connections: u64, end: End) -> i32 {
                     break;
                 }
             }
+            // Our FIN, and its acknowledgement, are to come.
+            for (sum, one) in segments.iter_mut().zip(segments_of(connection)) {
+                *sum += u64::from(one) + 1;
+            }
             libc::close(connection);
         }
+        libc::write(tell, segments.as_ptr().cast(), size_of_val(&segments));
         libc::close(listener);
     }
     0
+}
+
+/// In and out; near the end of `struct tcp_info`, which is longer than libc knows.
+fn segments_of(connection: i32) -> [u32; 2] {
+    const OUT: usize = 136 / size_of::<u32>();
+    let mut info = [0u32; 64];
+    let mut length = size_of_val(&info) as u32;
+    // SAFETY: our own descriptor, and a buffer of the length given.
+    unsafe {
+        libc::getsockopt(connection, libc::SOL_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut length);
+    }
+    [info[OUT + 1], info[OUT]]
 }
 
 /// An acknowledgement that comes while a socket is being closed is answered with one more reset.

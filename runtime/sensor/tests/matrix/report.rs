@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
-use std::ops::Range;
 
 use serde_json::json;
 use warmswap_model::{Durations, ProbeCounts};
@@ -88,20 +87,6 @@ impl Report {
     #[expect(clippy::needless_pass_by_value, reason = "most are numbers, and all are done with")]
     pub(crate) fn exact<T: Debug + PartialEq>(&mut self, probe: &str, what: &str, expected: T, seen: T) {
         self.compared(probe, what, seen == expected, &format!("{expected:?}"), &format!("{seen:?}"));
-    }
-
-    fn within(&mut self, probe: &str, what: &str, expected: Range<u64>, seen: u64) {
-        self.compared(probe, what, expected.contains(&seen), &format!("{expected:?}"), &seen.to_string());
-    }
-
-    /// For what is counted as tasks are switched. Some hosts (virtual machines, of their own init) do not trace every switch;
-    /// then a slice is counted late.
-    pub(crate) fn by_switches(&mut self, probe: &str, what: &str, expected: u64, seen: u64) {
-        if all_is_here() {
-            self.exact(probe, what, expected, seen);
-        } else {
-            self.within(probe, what, expected * 9 / 10..expected * 11 / 10, seen);
-        }
     }
 
     /// Events of one class, counted and looked at.

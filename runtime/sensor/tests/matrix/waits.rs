@@ -85,8 +85,8 @@ fn for_a_cpu(sensor: &mut Sensor, report: &mut Report) {
         assert_eq!(child.wait(), 0);
     }
     assert!(waited > 20_000_000, "two on one CPU for 300 ms wait, not {waited} ns");
-    report.by_switches("run-time", "run_ns", ran, counts.run_ns);
-    report.by_switches("run-delay", "run_delay_ns", waited, counts.run_delay_ns);
+    report.exact("run-time", "run_ns", ran, counts.run_ns);
+    report.exact("run-delay", "run_delay_ns", waited, counts.run_delay_ns);
 }
 
 /// Something on a disk that is not in memory: the whole disk where there is one to spare, else a file.
@@ -143,7 +143,7 @@ fn for_a_disk(sensor: &mut Sensor, report: &mut Report) {
         );
     }
     let counts = stage.counts();
-    report.by_switches("major-faults", "major_faults", kernel, counts.major_faults);
+    report.exact("major-faults", "major_faults", kernel, counts.major_faults);
 }
 
 /// A network namespace with loopback up, for the calling thread alone.
