@@ -160,7 +160,7 @@ fn header_length(skb: Struct) -> u32 {
     read::at::<u8>(skb.at(layout!(skb_data)), DATA_OFFSET).map_or(HEADER_MAX, |words| u32::from(words >> 4) * 4)
 }
 
-/// Counts what the connection has carried since it was looked at last. `brings` is to be received.
+/// Counts what the connection has carried since it was looked at last. `brings` is to be added to what was received.
 #[inline(always)]
 fn take_over(connection: &mut Connection, counters: *mut Counters, tcp: Struct, brings: u64) {
     let received = tcp.at::<u64>(layout!(tcp_bytes_received)).wrapping_add(brings);
@@ -215,13 +215,19 @@ pub(crate) fn begins(sock: u64, slot: u32, as_client: bool) {
     begin(sock, &Connection { request, bytes_received, bytes_sent, segments_in, segments_out, next: 0, slot });
 }
 
+/// Of the flags of a socket the one that says that the other side has said that it is done.
+const DONE: u64 = 1 << 1;
+
 /// The connection has ended; its socket still knows what it carried.
 #[inline(always)]
 pub(crate) fn ends(sock: u64, slot: u32, cpu: u32) {
     if let Some(connection) = CONNECTIONS.get_ptr_mut(&sock) {
         if let Some(counters) = counters(slot, cpu) {
+            let done = read::at::<u64>(sock, layout!(sock_flags)).is_some_and(|flags| flags & DONE != 0);
+            // The kernel takes that for a byte.
+            let brings = if done { u64::MAX } else { 0 };
             // SAFETY: the lookup succeeded; the kernel has locked the socket.
-            take_over(unsafe { &mut *connection }, counters, Struct::Raw(sock), 0);
+            take_over(unsafe { &mut *connection }, counters, Struct::Raw(sock), brings);
         }
         // Fails only when it is not there.
         let _ = CONNECTIONS.remove(&sock);

@@ -256,6 +256,7 @@ pub(crate) const PROBES: &[Probe] = &[
                 Need::field("tcp_sock.segs_in", l.tcp_segments_in),
                 Need::field("tcp_sock.segs_out", l.tcp_segments_out),
                 Need::field("tcp_sock.tcp_header_len", l.tcp_header_length),
+                Need::field("sock.sk_flags", l.sock_flags),
                 Need::field("sk_buff.len", l.skb_length),
             ];
             with(cgroup_of_sock(l), of_segment)

@@ -49,6 +49,7 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         sock_protocol: field("sock", "sk_protocol"),
         sock_cgroup: field("sock", "sk_cgrp_data"),
         sock_uid: field("sock", "sk_uid"),
+        sock_flags: field("sock", "sk_flags"),
         tcp_sent_next: field("tcp_sock", "snd_nxt"),
         tcp_bytes_received: field("tcp_sock", "bytes_received"),
         tcp_bytes_sent: field("tcp_sock", "bytes_sent"),

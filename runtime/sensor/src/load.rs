@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use aya::maps::{Array, HashMap, Map, MapData};
-use aya::programs::{KProbe, Program, ProgramError, RawTracePoint};
+use aya::programs::{FEntry, KProbe, Program, ProgramError, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
 use warmswap_events::{
     CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, global, map,
@@ -180,6 +180,10 @@ struct Kernel<'a> {
 }
 
 impl Kernel<'_> {
+    fn types(&self) -> Result<&aya::Btf, String> {
+        self.types.ok_or_else(|| "the types of this kernel cannot be read".to_owned())
+    }
+
     /// For typed tracepoints; `None` when they are not to be had or not wanted.
     fn types_of_arguments(&self) -> Option<&aya::Btf> {
         self.types.filter(|_| self.typed)
@@ -217,7 +221,7 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Ve
 fn hook_name(hook: Hook) -> String {
     match hook {
         Hook::Tracepoint(name) => format!("tracepoint {name}"),
-        Hook::Function(name) => format!("kprobe {name}"),
+        Hook::Function(name) => format!("fentry {name}"),
         Hook::Tasks => "iterator over tasks".to_owned(),
         Hook::Bind => "cgroup bind, of services".to_owned(),
         Hook::WhileInputIsRead => "tracepoint sys_exit, while input can be read".to_owned(),
@@ -278,7 +282,7 @@ fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result
         ("task_gone", "sched_process_free"),
     ];
     met((probe.needs)(kernel.layout))?;
-    let types = kernel.types.ok_or("the types of this kernel cannot be read")?;
+    let types = kernel.types()?;
     let walk = walk::program(object).ok_or_else(|| format!("the object has no program {}", walk::PROGRAM))?;
     walk.load("task", types).map_err(|error| refusal(&error))?;
     for (name, tracepoint) in HAPPENS {
@@ -330,11 +334,16 @@ fn attach(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe, done: &[ProbeSt
     let program = object.program_mut(name).ok_or_else(|| format!("the object has no program {name}"))?;
     match (probe.hook, program) {
         (Hook::Tracepoint(name), Program::RawTracePoint(program)) => attach_tracepoint(program, name),
-        (Hook::Function(name), Program::KProbe(program)) => attach_function(program, name),
+        (Hook::Function(name), Program::FEntry(program)) => attach_entry(program, name, kernel.types()?),
         // To a service, when there is one.
         (Hook::Bind, Program::CgroupSockAddr(program)) => program.load().map_err(|error| refusal(&error)),
         _ => Err(format!("the object's {name} is a program of another type")),
     }
+}
+
+fn attach_entry(program: &mut FEntry, name: &str, types: &aya::Btf) -> Result<(), String> {
+    program.load(name, types).map_err(|error| refusal(&error))?;
+    program.attach().map(drop).map_err(|error| refusal(&error))
 }
 
 fn attach_function(program: &mut KProbe, name: &str) -> Result<(), String> {
