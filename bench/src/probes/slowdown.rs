@@ -7,15 +7,16 @@
 //! One CPU does the work and nothing else, so CPU time is what the work costs whatever else the host does; client and server
 //! share it, so what the kernel does between them is in it too. A short piece of work after each change is not counted.
 
-use std::any::Any;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
+use warmswap_model::FeatureWindow;
+use warmswap_sensor::Sensor;
 
 use super::floor::{self, Floor};
 use super::jobs::{PIECE_BYTES, PIECES};
-use super::tools::{COUNT_BY_CGROUP, EXECSNOOP, OPENSNOOP, Tool};
+use super::tools::{Attached, COUNT_BY_CGROUP, EXECSNOOP, OPENSNOOP, Tool};
 use super::worker::{Task, Took, Worker};
 use super::{Ground, ours, reason};
 use crate::interrupt;
@@ -52,6 +53,8 @@ struct Job {
     conditions: Conditions,
     /// So much of it.
     task: Box<dyn Fn(u32) -> Task>,
+    /// How much of it a window shows, at least.
+    counted: fn(&FeatureWindow) -> u64,
     peer: &'static Tool,
     /// Programs that do nothing at the hooks that matter here.
     floor: Option<fn() -> Result<Floor>>,
@@ -69,6 +72,7 @@ pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
         id: "probes.exec_slowdown",
         conditions,
         task: Box::new(move |count| Task::Programs { program: program.clone(), count }),
+        counted: |window| window.counts.execs,
         peer: &EXECSNOOP,
         floor: None,
     };
@@ -88,6 +92,7 @@ pub(super) fn files(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
             id: "probes.file_slowdown",
             conditions,
             task: Box::new(move |rounds| Task::Files { folder: folder.clone(), rounds }),
+            counted: |window| window.counts.writes / PIECES as u64,
             peer: &OPENSNOOP,
             floor: None,
         };
@@ -137,12 +142,38 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
                 let arguments = ["-p", &port, "-q", "-t", "set,get", "-c", "50", "-P", &pipelined, "-n", &count];
                 Task::Ask { program: program.clone(), arguments: arguments.map(str::to_owned).into() }
             }),
+            // One has some dozens of bytes.
+            counted: |window| (window.counts.rx_bytes / 20).min(window.counts.tx_bytes / 4),
             peer: &COUNT_BY_CGROUP,
             floor: Some(Floor::at_segments),
         };
         rows.extend(measure(ground, &job, Some(&mut worker), plan)?);
     }
     Ok(rows)
+}
+
+/// Somebody who looks on.
+trait Onlooker {
+    /// Fails when he has seen less than this, as far as he can tell.
+    fn has_seen(&mut self, _done: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Onlooker for Attached {}
+impl Onlooker for Floor {}
+
+struct Ours {
+    sensor: Sensor,
+    counted: fn(&FeatureWindow) -> u64,
+}
+
+impl Onlooker for Ours {
+    fn has_seen(&mut self, done: u64) -> Result<()> {
+        let counted = self.sensor.windows().first().map_or(0, self.counted);
+        ensure!(counted >= done, "warmswap counted {counted} of {done}");
+        Ok(())
+    }
 }
 
 /// Off, on, on, off.
@@ -164,7 +195,7 @@ fn measure(ground: &Ground, job: &Job, worker: Option<&mut Worker>, plan: Plan) 
     let conditions = job.conditions.iter().map(|(key, value)| format!(" {key}={value}")).collect::<String>();
     let mut progress = Progress::begin(format_args!("{}{conditions}", job.id));
     let count = amount(worker, job, plan.block_ns)?;
-    let mut cycles = |who: &str, number, attach: &dyn Fn() -> Result<Box<dyn Any>>| -> Result<Vec<Cycle>> {
+    let mut cycles = |who: &str, number, attach: &dyn Fn() -> Result<Box<dyn Onlooker>>| -> Result<Vec<Cycle>> {
         let mut done = Vec::with_capacity(number);
         while done.len() < number {
             done.push(one_cycle(worker, job, count, attach)?);
@@ -174,23 +205,27 @@ fn measure(ground: &Ground, job: &Job, worker: Option<&mut Worker>, plan: Plan) 
     };
     let row =
         |id: &str, cycles: &[Cycle]| filled(Row::new(id, None, "×", cycles.len(), &job.conditions), cycles, count);
-    let ours =
-        row(job.id, &cycles("warmswap", plan.ours, &|| Ok(Box::new(ours::attach(ground, true)?)))?).at_most(TARGET);
+    // With probes left off it may see nothing.
+    let counted = if ground.without.is_empty() { job.counted } else { |_: &FeatureWindow| u64::MAX };
+    let watch = || -> Result<Box<dyn Onlooker>> { Ok(Box::new(Ours { sensor: ours::attach(ground, true)?, counted })) };
+    let ours = row(job.id, &cycles("warmswap", plan.ours, &watch)?).at_most(TARGET);
     if plan.others == 0 {
         return Ok(vec![ours]);
     }
     // Who cannot be had is left out.
-    let mut other =
-        |id: &str, who: &'static str, attach: &dyn Fn() -> Result<Box<dyn Any>>| match cycles(who, plan.others, attach)
-        {
-            Ok(theirs) => {
-                let row = row(id, &theirs);
-                let note = row.note.as_ref().map(|note| format!("{who}; {note}"));
-                Ok(row.note(note))
-            }
-            Err(error) if error.is::<interrupt::Interrupted>() => Err(error),
-            Err(error) => Ok(Row::left_out(id, "×", who, &reason(&error), &job.conditions)),
-        };
+    let mut other = |id: &str, who: &'static str, attach: &dyn Fn() -> Result<Box<dyn Onlooker>>| match cycles(
+        who,
+        plan.others,
+        attach,
+    ) {
+        Ok(theirs) => {
+            let row = row(id, &theirs);
+            let note = row.note.as_ref().map(|note| format!("{who}; {note}"));
+            Ok(row.note(note))
+        }
+        Err(error) if error.is::<interrupt::Interrupted>() => Err(error),
+        Err(error) => Ok(Row::left_out(id, "×", who, &reason(&error), &job.conditions)),
+    };
     let peer = other(&format!("{}_peer", job.id), job.peer.name, &|| Ok(Box::new(job.peer.attach()?)))?;
     let mut rows = vec![ours.beside(job.peer.name, peer.value, None), peer];
     if let Some(floor) = job.floor {
@@ -223,21 +258,22 @@ fn amount(worker: &mut Worker, job: &Job, block_ns: f64) -> Result<u32> {
     }
 }
 
-fn one_cycle<Attached>(
+fn one_cycle(
     worker: &mut Worker,
     job: &Job,
     count: u32,
-    attach: impl FnOnce() -> Result<Attached>,
+    attach: impl FnOnce() -> Result<Box<dyn Onlooker>>,
 ) -> Result<Cycle> {
     interrupt::check()?;
     let warm_up = (job.task)((f64::from(count) * WARM_UP_SHARE).ceil() as u32);
     let task = (job.task)(count);
     worker.work(&warm_up)?;
     let off = worker.work(&task)?;
-    let attached = attach()?;
+    let mut onlooker = attach()?;
     worker.work(&warm_up)?;
     let (on, on_too) = (worker.work(&task)?, worker.work(&task)?);
-    drop(attached);
+    onlooker.has_seen(2 * u64::from(count))?;
+    drop(onlooker);
     worker.work(&warm_up)?;
     Ok(Cycle([off, on, on_too, worker.work(&task)?]))
 }

@@ -29,6 +29,8 @@ pub mod map {
     pub const SINCE: &str = "SINCE";
     /// `cpu * CACHE_LANES + lane` → [`crate::CacheWord`].
     pub const CACHE: &str = "CACHE";
+    /// Socket → what is known of its connection; private to the probes.
+    pub const CONNECTIONS: &str = "CONNECTIONS";
     /// cgroup id → slot.
     pub const WATCHED: &str = "WATCHED";
     /// Id of the cgroup that block requests are charged to → slot. The same ids as in `WATCHED` where the io

@@ -8,7 +8,8 @@ use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_ta
 use warmswap_events::{CACHE_LANES, CacheWord, LANE_BY_ID, LANE_OTHER, LANES_BY_ID};
 
 use crate::maps::{CACHE, CONTROL, WATCHED, layout};
-use crate::{read, trouble};
+use crate::read::{self, typed, typed_pointer};
+use crate::trouble;
 
 /// How far up ancestors are looked for.
 pub(crate) const LEVELS: i32 = 8;
@@ -116,43 +117,23 @@ fn by_id(cpu: u32, id: u64, cgroup: u64) -> u32 {
     cached(cpu, LANE_BY_ID + id as u32 % LANES_BY_ID, id, || search(cgroup))
 }
 
-/// The slot of one of many tasks.
+/// The slot of one of many tasks, whose type the verifier knows.
 #[inline(always)]
 pub(crate) fn of_any_task(cpu: u32, task: u64) -> u32 {
-    let Some(cgroup) = cgroup_of_task(task) else { return 0 };
-    let Some(id) = id_of(cgroup) else { return 0 };
-    by_id(cpu, id, cgroup)
+    let find = || {
+        let cgroup = typed_pointer(typed_pointer(task, layout!(task_cgroups))?, layout!(css_set_dfl_cgrp))?;
+        let id = typed(typed_pointer(cgroup, layout!(cgroup_kn))?, layout!(kernfs_id));
+        Some(by_id(cpu, id, cgroup))
+    };
+    find().unwrap_or(0)
 }
 
-/// The slot of the socket of one of many packets.
+/// The slot of one of many sockets.
 #[inline(always)]
 pub(crate) fn of_any_sock(cpu: u32, sock: u64) -> u32 {
     let Some(cgroup) = cgroup_of_sock(sock) else { return 0 };
     let Some(id) = id_of(cgroup) else { return 0 };
     by_id(cpu, id, cgroup)
-}
-
-/// The same of one whose type the verifier knows, from 5.16 on.
-#[inline(always)]
-pub(crate) fn of_typed_sock(cpu: u32, sock: u64) -> u32 {
-    /// A word at a typed pointer; the checks for null are for the verifier, which knows which may be.
-    #[inline(always)]
-    fn word(base: u64, offset: u32) -> Option<u64> {
-        // SAFETY: the verifier has checked that this lies inside the struct.
-        match unsafe { core::ptr::read_volatile(base.wrapping_add(u64::from(offset)) as *const u64) } {
-            0 => None,
-            value => Some(value),
-        }
-    }
-    let find = || {
-        let cgroup = word(sock, layout!(sock_cgroup))?;
-        let id = word(word(cgroup, layout!(cgroup_kn))?, layout!(kernfs_id))?;
-        Some((id, cgroup))
-    };
-    match find() {
-        Some((id, cgroup)) => by_id(cpu, id, cgroup),
-        None => 0,
-    }
 }
 
 /// Of a `struct cgroup *`.

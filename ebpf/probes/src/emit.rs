@@ -31,19 +31,27 @@ impl Context {
     pub(crate) const NOBODY: Self = Self::User(UID_UNKNOWN);
 }
 
+/// Whether anybody wants events of this class, which is not urgent, from anywhere.
+#[inline(always)]
+pub(crate) fn subscribed(class: Class) -> bool {
+    // SAFETY: the lookup succeeded; user space changes the word whole.
+    CONTROL
+        .get_ptr(0)
+        .is_some_and(|control| unsafe { core::ptr::read_volatile(&raw const (*control).classes) & class.bit() != 0 })
+}
+
 /// Whether anybody wants events of this class from this cgroup. The sensor's own process is left out.
 #[inline(always)]
 pub(crate) fn wanted(class: Class, owner: Owner, context: Context) -> bool {
     if !class.urgent() {
-        let Some(control) = CONTROL.get_ptr(0) else { return false };
-        // SAFETY: the lookup succeeded; user space changes these words whole.
-        let (classes, everywhere) = unsafe {
-            (
-                core::ptr::read_volatile(&raw const (*control).classes),
-                core::ptr::read_volatile(&raw const (*control).everywhere),
-            )
-        };
-        if classes & class.bit() == 0 || (owner.slot == 0 && everywhere == 0) {
+        if !subscribed(class) {
+            return false;
+        }
+        // SAFETY: as in `subscribed`.
+        let everywhere = CONTROL
+            .get_ptr(0)
+            .is_some_and(|control| unsafe { core::ptr::read_volatile(&raw const (*control).everywhere) } != 0);
+        if owner.slot == 0 && !everywhere {
             return false;
         }
     }

@@ -3,8 +3,8 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
 use warmswap_events::{
-    BUCKETS, CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout, SYSCALL_TABLE,
-    bucket_of_ns,
+    BUCKETS, CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout,
+    SYSCALL_TABLE, bucket_of_ns,
 };
 
 use crate::network::Connection;

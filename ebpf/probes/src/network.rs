@@ -1,8 +1,13 @@
-//! What connections carry, and the latency of requests, segment by segment as they arrive.
+//! What connections carry, and the latency of requests.
 //!
-//! What is counted is what the kernel counts for each connection anyway, taken over at every segment that arrives, and when it
-//! ends: what was sent since is in the next window. Bytes are those that programs sent and received, without headers; what is
-//! sent again counts again.
+//! ```text
+//!  sensor wants a window    sweep    every connection ┐
+//!  a connection ends        ends          it          ┴ its counters now − CONNECTIONS[socket] ─▶ COUNTERS
+//!  a segment arrives        segment       a request begins, or was answered ─▶ HISTOGRAMS
+//! ```
+//!
+//! What is counted is what the kernel counts for each connection anyway. Bytes are those that programs sent and received, without
+//! headers; what is sent again counts again.
 //!
 //! Latency needs no knowledge of the protocol: on a connection that was accepted, the first segment with payload that
 //! arrives starts a request, and the first with payload that leaves answers it. With pipelining this is the time to the first
@@ -10,10 +15,12 @@
 //! latest, is when it is read. What a service asks of others is left out. The round-trip time is what TCP itself reckons with,
 //! looked at as a request is answered.
 
+use core::ffi::c_void;
+
 use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use warmswap_events::{Counters, Distribution};
+use warmswap_events::Distribution;
 
 use crate::emit::now_ns;
 use crate::maps::{ASKED, CONNECTIONS, add_shared, counters, cpu, layout, record};
@@ -26,20 +33,43 @@ const CLIENT: u64 = u64::MAX;
 /// No header of TCP is longer.
 const HEADER_MAX: u32 = 60;
 
-/// An established TCP connection of a watched cgroup.
+/// Of the flags of a socket the one that says that the other side has said that it is done.
+const DONE: u64 = 1 << 1;
+
+/// A TCP connection of a watched cgroup.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Connection {
     request: u64,
-    /// Up to what is counted.
+    /// The next to be sent as the pending request arrived, in sequence numbers.
+    next: u32,
+    slot: u32,
+    charged: Carried,
+}
+
+/// What a connection has carried.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Carried {
     bytes_received: u64,
     bytes_sent: u64,
     segments_in: u32,
     segments_out: u32,
-    /// The next to be sent as the pending request arrived, in sequence numbers.
-    next: u32,
-    /// Whose it was then.
-    slot: u32,
+}
+
+impl Carried {
+    #[inline(always)]
+    fn of(sock: u64) -> Self {
+        let done = read::at::<u64>(sock, layout!(sock_flags)).is_some_and(|flags| flags & DONE != 0);
+        let received: u64 = read::at(sock, layout!(tcp_bytes_received)).unwrap_or_default();
+        Self {
+            // The kernel takes that for a byte.
+            bytes_received: received.wrapping_sub(u64::from(done)),
+            bytes_sent: read::at(sock, layout!(tcp_bytes_sent)).unwrap_or_default(),
+            segments_in: read::at(sock, layout!(tcp_segments_in)).unwrap_or_default(),
+            segments_out: read::at(sock, layout!(tcp_segments_out)).unwrap_or_default(),
+        }
+    }
 }
 
 /// A struct of the kernel, and how to read it.
@@ -55,8 +85,7 @@ impl Struct {
     #[inline(always)]
     fn at<T: Copy + Default>(self, offset: u32) -> T {
         match self {
-            // SAFETY: the verifier has checked that this lies inside the struct.
-            Self::Typed(base) => unsafe { core::ptr::read_volatile(base.wrapping_add(u64::from(offset)) as *const T) },
+            Self::Typed(base) => read::typed(base, offset),
             Self::Raw(base) => read::at(base, offset).unwrap_or_default(),
         }
     }
@@ -67,13 +96,11 @@ impl Struct {
 pub(crate) fn segment_typed(ctx: BtfTracePointContext) -> i32 {
     // (sock, skb); where BTF says otherwise the sensor attaches neither program.
     let sock: u64 = ctx.arg(0);
-    let cpu = cpu();
-    let slot = cgroup::of_typed_sock(cpu, sock);
-    if slot != 0 {
+    if let Some(connection) = served(sock) {
         // SAFETY: a socket of a type that the verifier knows, and so is the result, when it is one.
         let tcp = unsafe { bpf_skc_to_tcp_sock(sock as *mut _) } as u64;
         if tcp != 0 {
-            arrives(cpu, slot, sock, Struct::Typed(tcp), Struct::Typed(ctx.arg(1)));
+            arrives(connection, Struct::Typed(tcp), Struct::Typed(ctx.arg(1)));
         }
     }
     0
@@ -83,46 +110,41 @@ pub(crate) fn segment_typed(ctx: BtfTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "tcp_probe")]
 pub(crate) fn segment(ctx: RawTracePointContext) -> i32 {
     let sock: u64 = ctx.arg(0);
-    let cpu = cpu();
-    let slot = cgroup::of_any_sock(cpu, sock);
-    if slot != 0 {
-        arrives(cpu, slot, sock, Struct::Raw(sock), Struct::Raw(ctx.arg(1)));
+    if let Some(connection) = served(sock) {
+        arrives(connection, Struct::Raw(sock), Struct::Raw(ctx.arg(1)));
     }
     0
 }
 
-/// A segment has arrived and is about to be looked at. That it has is counted by the kernel already, what it brings is not.
+/// A connection of somebody watched that is not a client's.
 #[inline(always)]
-fn arrives(cpu: u32, slot: u32, sock: u64, tcp: Struct, skb: Struct) {
-    let Some(counters) = counters(slot, cpu) else { return };
-    let length: u32 = skb.at(layout!(skb_length));
-    let brings = length.saturating_sub(u32::from(tcp.at::<u16>(layout!(tcp_header_length))));
+fn served(sock: u64) -> Option<*mut Connection> {
     let connection = match CONNECTIONS.get_ptr_mut(&sock) {
         Some(connection) => connection,
-        None => match begin_before(slot, sock, tcp) {
-            Some(connection) => connection,
-            None => return,
-        },
+        None => begin_before(sock)?,
     };
+    // SAFETY: the lookup succeeded; one word.
+    if unsafe { (*connection).request } == CLIENT { None } else { Some(connection) }
+}
+
+/// A segment has arrived and is about to be looked at.
+#[inline(always)]
+fn arrives(connection: *mut Connection, tcp: Struct, skb: Struct) {
     // SAFETY: the lookup succeeded. A segment at a time: the kernel has locked the socket.
     let connection = unsafe { &mut *connection };
-    take_over(connection, counters, tcp, u64::from(brings));
-    if connection.request == CLIENT {
-        return;
-    }
-    if connection.slot != slot {
-        // What was asked while it was somebody else's is answered in no time that counts.
-        connection.slot = slot;
-        connection.request = IDLE;
-    }
     let next: u32 = tcp.at(layout!(tcp_sent_next));
-    if connection.request != IDLE && next != connection.next {
-        answered(slot, connection.request, tcp);
+    if connection.request != IDLE {
+        if next == connection.next {
+            return;
+        }
+        answered(connection.slot, connection.request, tcp);
         connection.request = IDLE;
     }
+    let length: u32 = skb.at(layout!(skb_length));
     // Of what is longer than its usual header the rest may still be a longer header: of an acknowledgement of gaps.
-    if connection.request == IDLE && brings != 0 && (length > HEADER_MAX || length > header_length(skb)) {
-        connection.request = asked(slot);
+    let usual = u32::from(tcp.at::<u16>(layout!(tcp_header_length)));
+    if length > usual && (length > HEADER_MAX || length > header_length(skb)) {
+        connection.request = asked(connection.slot);
         connection.next = next;
     }
 }
@@ -160,43 +182,17 @@ fn header_length(skb: Struct) -> u32 {
     read::at::<u8>(skb.at(layout!(skb_data)), DATA_OFFSET).map_or(HEADER_MAX, |words| u32::from(words >> 4) * 4)
 }
 
-/// Counts what the connection has carried since it was looked at last. `brings` is to be added to what was received.
-#[inline(always)]
-fn take_over(connection: &mut Connection, counters: *mut Counters, tcp: Struct, brings: u64) {
-    let received = tcp.at::<u64>(layout!(tcp_bytes_received)).wrapping_add(brings);
-    // What came twice, or was a longer header, is seen the next time.
-    if received > connection.bytes_received {
-        add_shared!(counters, rx_bytes, received - connection.bytes_received);
-        connection.bytes_received = received;
-    }
-    let sent: u64 = tcp.at(layout!(tcp_bytes_sent));
-    if sent != connection.bytes_sent {
-        add_shared!(counters, tx_bytes, sent.wrapping_sub(connection.bytes_sent));
-        connection.bytes_sent = sent;
-    }
-    let (segments_in, segments_out): (u32, u32) =
-        (tcp.at(layout!(tcp_segments_in)), tcp.at(layout!(tcp_segments_out)));
-    add_shared!(counters, rx_packets, u64::from(segments_in.wrapping_sub(connection.segments_in)));
-    connection.segments_in = segments_in;
-    if segments_out != connection.segments_out {
-        add_shared!(counters, tx_packets, u64::from(segments_out.wrapping_sub(connection.segments_out)));
-        connection.segments_out = segments_out;
-    }
-}
-
 /// A connection that was there before anybody watched counts from now on. Who asked for it is not known.
 #[inline(always)]
-fn begin_before(slot: u32, sock: u64, tcp: Struct) -> Option<*mut Connection> {
-    let connection = Connection {
-        request: IDLE,
-        bytes_received: tcp.at(layout!(tcp_bytes_received)),
-        bytes_sent: tcp.at(layout!(tcp_bytes_sent)),
-        segments_in: tcp.at::<u32>(layout!(tcp_segments_in)).wrapping_sub(1),
-        segments_out: tcp.at(layout!(tcp_segments_out)),
-        next: 0,
-        slot,
-    };
-    begin(sock, &connection);
+fn begin_before(sock: u64) -> Option<*mut Connection> {
+    let slot = cgroup::of_any_sock(cpu(), sock);
+    if slot == 0 {
+        return None;
+    }
+    let mut charged = Carried::of(sock);
+    // The one that arrives is counted by the kernel already, what it brings is not.
+    charged.segments_in = charged.segments_in.wrapping_sub(1);
+    begin(sock, &Connection { request: IDLE, next: 0, slot, charged });
     CONNECTIONS.get_ptr_mut(&sock)
 }
 
@@ -211,25 +207,65 @@ fn begin(sock: u64, connection: &Connection) {
 #[inline(always)]
 pub(crate) fn begins(sock: u64, slot: u32, as_client: bool) {
     let request = if as_client { CLIENT } else { IDLE };
-    let (bytes_received, bytes_sent, segments_in, segments_out) = (0, 0, 0, 0);
-    begin(sock, &Connection { request, bytes_received, bytes_sent, segments_in, segments_out, next: 0, slot });
+    begin(sock, &Connection { request, next: 0, slot, charged: Carried::default() });
 }
-
-/// Of the flags of a socket the one that says that the other side has said that it is done.
-const DONE: u64 = 1 << 1;
 
 /// The connection has ended; its socket still knows what it carried.
 #[inline(always)]
-pub(crate) fn ends(sock: u64, slot: u32, cpu: u32) {
+pub(crate) fn ends(sock: u64, cpu: u32) {
     if let Some(connection) = CONNECTIONS.get_ptr_mut(&sock) {
-        if let Some(counters) = counters(slot, cpu) {
-            let done = read::at::<u64>(sock, layout!(sock_flags)).is_some_and(|flags| flags & DONE != 0);
-            // The kernel takes that for a byte.
-            let brings = if done { u64::MAX } else { 0 };
-            // SAFETY: the lookup succeeded; the kernel has locked the socket.
-            take_over(unsafe { &mut *connection }, counters, Struct::Raw(sock), brings);
-        }
+        // SAFETY: the lookup succeeded.
+        charge(unsafe { &mut *connection }, sock, cpu);
         // Fails only when it is not there.
         let _ = CONNECTIONS.remove(&sock);
     }
+}
+
+/// What the kernel passes for each entry of a map, and once more with none at the end.
+#[repr(C)]
+pub(crate) struct EachEntry {
+    _meta: *mut c_void,
+    _map: *mut c_void,
+    key: *mut u64,
+    value: *mut Connection,
+}
+
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/bpf_map_elem")]
+pub(crate) extern "C" fn sweep(each: *mut EachEntry) -> i32 {
+    // SAFETY: the program's context.
+    let (key, connection) = unsafe { ((*each).key, (*each).value) };
+    if key.is_null() || connection.is_null() {
+        return 0;
+    }
+    // SAFETY: an entry of the map that the program goes through. A segment may arrive meanwhile: it writes other words.
+    let (sock, connection) = unsafe { (*key, &mut *connection) };
+    let cpu = cpu();
+    charge(connection, sock, cpu);
+    // Somebody else may be watched by now.
+    let slot = cgroup::of_any_sock(cpu, sock);
+    if slot == 0 {
+        // Fails only when it is not there.
+        let _ = CONNECTIONS.remove(&sock);
+    } else if slot != connection.slot {
+        connection.slot = slot;
+        // What was asked while it was somebody else's is answered in no time that counts.
+        if connection.request != CLIENT {
+            connection.request = IDLE;
+        }
+    }
+    0
+}
+
+/// Counts what the connection has carried since it was looked at last. A sweep and the end of a connection may do so at once,
+/// and count a moment of it twice.
+#[inline(always)]
+fn charge(connection: &mut Connection, sock: u64, cpu: u32) {
+    let now = Carried::of(sock);
+    let before = core::mem::replace(&mut connection.charged, now);
+    let Some(counters) = counters(connection.slot, cpu) else { return };
+    add_shared!(counters, rx_bytes, now.bytes_received.saturating_sub(before.bytes_received));
+    add_shared!(counters, tx_bytes, now.bytes_sent.saturating_sub(before.bytes_sent));
+    add_shared!(counters, rx_packets, u64::from(now.segments_in.wrapping_sub(before.segments_in)));
+    add_shared!(counters, tx_packets, u64::from(now.segments_out.wrapping_sub(before.segments_out)));
 }

@@ -1,4 +1,4 @@
-//! Reads of kernel memory at offsets from BTF.
+//! Reads of kernel memory at offsets from BTF: by a helper, or at once where the verifier knows the type of the struct.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use warmswap_events::OFFSET_MISSING;
@@ -21,5 +21,21 @@ pub(crate) fn pointer(base: u64, offset: u32) -> Option<u64> {
     match at::<u64>(base, offset) {
         Some(0) | None => None,
         found => found,
+    }
+}
+
+/// The value in a struct whose type the verifier knows, with an offset that is not missing.
+#[inline(always)]
+pub(crate) fn typed<T: Copy>(base: u64, offset: u32) -> T {
+    // SAFETY: the verifier has checked that this lies inside the struct.
+    unsafe { core::ptr::read_volatile(base.wrapping_add(u64::from(offset)) as *const T) }
+}
+
+/// The pointer there, unless it is null: the verifier knows which may be, and wants it looked at.
+#[inline(always)]
+pub(crate) fn typed_pointer(base: u64, offset: u32) -> Option<u64> {
+    match typed(base, offset) {
+        0 => None,
+        found => Some(found),
     }
 }

@@ -2,23 +2,26 @@
 //! Nothing is paid per call, fault or switch.
 //!
 //! ```text
-//!  sensor wants a window      walk     every task ┐
-//!  a task moves               moved          it   ├ its counters now − TASKS[pid] ─▶ COUNTERS
-//!  a task ends, and is gone   ends, gone     it   ┘
+//!  sensor wants a window    walk    every task ┐
+//!  a task moves             moved        it    ├ its counters now − TASKS[pid] ─▶ COUNTERS
+//!  a task begins to end     ends         it    │
+//!  a task is gone           gone         it    ┘ the time that it ran meanwhile
 //! ```
 //!
 //! A task that is not in `TASKS` was born since the last walk, with counters of zero; or it was somewhere else before, or there
-//! before anybody watched: then it counts from now on.
+//! before anybody watched: then it counts from now on. One that is born and ends between two walks is never in it.
 
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_ktime_get_ns};
-use aya_ebpf::macros::raw_tracepoint;
-use aya_ebpf::programs::RawTracePointContext;
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::programs::BtfTracePointContext;
+use warmswap_events::OFFSET_MISSING;
 
 use crate::maps::{SINCE, TASKS, add_shared, counters, cpu, layout};
-use crate::{cgroup, read, trouble};
+use crate::read::typed;
+use crate::{cgroup, trouble};
 
 /// What a task has counted. Of some the lower half, where that is all that is kept.
 #[repr(C)]
@@ -47,14 +50,24 @@ pub(crate) struct Task {
     charged: Counted,
 }
 
+/// Most of what a task may have done it has not.
+macro_rules! add_since {
+    ($counters:expr, $field:ident, $before:expr, $now:expr) => {
+        let more = $now.wrapping_sub($before);
+        if more != 0 {
+            add_shared!($counters, $field, u64::from(more));
+        }
+    };
+}
+
 /// Why a task is looked at.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Occasion {
     Walk,
     /// It has come to where it is.
     Moved,
-    /// It will not be seen again.
-    Gone,
+    /// No walk will look at it any more.
+    Ends,
 }
 
 /// What the kernel passes for each task, and once more with none at the end.
@@ -64,95 +77,124 @@ pub(crate) struct EachTask {
     task: *mut c_void,
 }
 
+/// Of the flags of a task the one that says that it has begun to end.
+const ENDING: u32 = 0x4;
+/// What the kernel says of an entry that is there.
+const EXISTS: i32 = -17;
+
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
 pub(crate) extern "C" fn walk(each: *mut EachTask) -> i32 {
     // SAFETY: the program's context.
     let task = unsafe { (*each).task } as u64;
-    // Whoever has been waited for is gone in a moment, and charged there.
-    if task != 0 && read::at::<u32>(task, layout!(task_exit_state)) != Some(EXIT_DEAD) {
+    // Who is about to end looks at itself.
+    if task != 0 && typed::<u32>(task, layout!(task_flags)) & ENDING == 0 {
         look_at(task, Occasion::Walk);
     }
     0
 }
 
-const EXIT_DEAD: u32 = 0x10;
-/// What the kernel says of an entry that is there.
-const EXISTS: i32 = -17;
-
 /// After it has moved; of a process with several threads the kernel names one.
-#[raw_tracepoint(tracepoint = "cgroup_attach_task")]
-pub(crate) fn task_moved(ctx: RawTracePointContext) -> i32 {
+#[btf_tracepoint(function = "cgroup_attach_task")]
+pub(crate) fn task_moved(ctx: BtfTracePointContext) -> i32 {
     look_at(ctx.arg(2), Occasion::Moved);
     0
 }
 
-/// So that who waits for it finds it counted, nearly all of it.
-#[raw_tracepoint(tracepoint = "sched_process_exit")]
-pub(crate) fn task_ends(_ctx: RawTracePointContext) -> i32 {
-    // SAFETY: the helper has no preconditions.
-    look_at(unsafe { bpf_get_current_task() }, Occasion::Walk);
+/// So that who waits for it finds counted what it did.
+#[btf_tracepoint(function = "sched_process_exit")]
+pub(crate) fn task_ends(ctx: BtfTracePointContext) -> i32 {
+    look_at(ctx.arg(0), Occasion::Ends);
     0
 }
 
-/// A grace period after it was waited for: no walk looks at it any more.
-#[raw_tracepoint(tracepoint = "sched_process_free")]
-pub(crate) fn task_gone(ctx: RawTracePointContext) -> i32 {
-    look_at(ctx.arg(0), Occasion::Gone);
+/// A grace period after it was waited for.
+#[btf_tracepoint(function = "sched_process_free")]
+pub(crate) fn task_gone(ctx: BtfTracePointContext) -> i32 {
+    let task: u64 = ctx.arg(0);
+    let cpu = cpu();
+    let pid = typed::<u32>(task, layout!(task_pid));
+    let born_ns: u64 = typed(task, layout!(task_start_time));
+    let (slot, run_ns, run_delay_ns) = match TASKS.get_ptr(&pid) {
+        // SAFETY: the lookup succeeded.
+        Some(known) if unsafe { (*known).born_ns } == born_ns => {
+            // SAFETY: as above.
+            let known = unsafe { &*known };
+            let slot = known.slot as u32;
+            let before = (
+                if known.since_ns == since(slot) { slot } else { 0 },
+                known.charged.run_ns,
+                known.charged.run_delay_ns,
+            );
+            // Fails only when it is not there.
+            let _ = TASKS.remove(&pid);
+            before
+        }
+        _ => {
+            let slot = cgroup::of_any_task(cpu, task);
+            (if slot != 0 && born_here(task, pid, slot, born_ns) { slot } else { 0 }, 0, 0)
+        }
+    };
+    if let Some(counters) = counters(slot, cpu) {
+        add_since!(counters, run_ns, run_ns, count(task, layout!(task_run_time)));
+        add_since!(counters, run_delay_ns, run_delay_ns, count(task, layout!(task_run_delay)));
+    }
     0
 }
 
-#[inline(never)]
+#[inline(always)]
 fn look_at(task: u64, occasion: Occasion) {
-    let Some(pid) = read::at::<u32>(task, layout!(task_pid)) else { return };
+    let pid = typed::<u32>(task, layout!(task_pid));
     let cpu = cpu();
     let slot = cgroup::of_any_task(cpu, task);
     let known = TASKS.get_ptr_mut(&pid);
     if slot == 0 && known.is_none() {
         return;
     }
-    let born_ns = read::at::<u64>(task, layout!(task_start_time)).unwrap_or_default();
+    let born_ns: u64 = typed(task, layout!(task_start_time));
     let now = counted(task);
     if let Some(known) = known
         // SAFETY: the lookup succeeded.
         && unsafe { (*known).born_ns } == born_ns
     {
-        // SAFETY: as above. Two that look at one task at once, as it moves, may charge a moment of it twice.
-        unsafe {
-            let (whose, since_ns) = ((*known).slot as u32, (*known).since_ns);
-            let before = (*known).charged;
+        // SAFETY: as above. Two that look at one task at once, as it moves or ends, may charge a moment of it twice.
+        let (whose, since_ns, before) = unsafe {
+            let before = ((*known).slot as u32, (*known).since_ns, (*known).charged);
             (*known).charged = now;
             (*known).slot = u64::from(slot);
             (*known).since_ns = since(slot);
-            if occasion == Occasion::Moved && whose != slot {
+            if occasion == Occasion::Moved && before.0 != slot {
                 (*known).moved_ns = bpf_ktime_get_ns();
             }
-            // The slot may be another one's by now.
-            if since(whose) == since_ns {
-                charge(whose, cpu, &before, &now);
-            }
+            before
+        };
+        // The slot may be another one's by now.
+        if since(whose) == since_ns {
+            charge(whose, cpu, &before, &now);
         }
-        if slot == 0 || occasion == Occasion::Gone {
+        if slot == 0 {
             // Fails only when it is not there.
             let _ = TASKS.remove(&pid);
         }
         return;
     }
-    let all_ours = occasion != Occasion::Moved && born_here(task, pid, slot, born_ns);
-    if occasion != Occasion::Gone {
-        // SAFETY: the helper has no preconditions.
-        let moved_ns = if occasion == Occasion::Moved { unsafe { bpf_ktime_get_ns() } } else { 0 };
-        let task = Task { born_ns, moved_ns, slot: u64::from(slot), since_ns: since(slot), charged: now };
-        // Of two that look at it at once for the first time one is late.
-        match TASKS.insert(&pid, &task, if known.is_some() { BPF_ANY } else { BPF_NOEXIST }.into()) {
-            Ok(()) => {}
-            Err(EXISTS) => return,
-            // Charged when it is gone.
-            Err(_) => return trouble::uncounted_task(u64::from(pid)),
+    let born_here = occasion != Occasion::Moved && born_here(task, pid, slot, born_ns);
+    if occasion == Occasion::Ends {
+        if born_here {
+            // How long it ran is known when it is gone.
+            let before = Counted { run_ns: now.run_ns, run_delay_ns: now.run_delay_ns, ..Counted::default() };
+            charge(slot, cpu, &before, &now);
         }
+        return;
     }
-    if all_ours {
-        charge(slot, cpu, &Counted::default(), &now);
+    // SAFETY: the helper has no preconditions.
+    let moved_ns = if occasion == Occasion::Moved { unsafe { bpf_ktime_get_ns() } } else { 0 };
+    let entry = Task { born_ns, moved_ns, slot: u64::from(slot), since_ns: since(slot), charged: now };
+    // Of two that look at it at once for the first time one is late.
+    match TASKS.insert(&pid, &entry, if known.is_some() { BPF_ANY } else { BPF_NOEXIST }.into()) {
+        Ok(()) if born_here => charge(slot, cpu, &Counted::default(), &now),
+        Ok(()) | Err(EXISTS) => {}
+        Err(_) => trouble::uncounted_task(u64::from(pid)),
     }
 }
 
@@ -170,41 +212,41 @@ fn born_here(task: u64, pid: u32, slot: u32, born_ns: u64) -> bool {
         return false;
     }
     // Or its process has moved, with it: of which threads the kernel does not say.
-    let process = read::at::<u32>(task, layout!(task_tgid)).unwrap_or(pid);
+    let process: u32 = typed(task, layout!(task_tgid));
     // SAFETY: the lookup succeeded.
     process == pid || TASKS.get_ptr(&process).is_none_or(|process| unsafe { (*process).moved_ns } < born_ns)
 }
 
 #[inline(always)]
 fn counted(task: u64) -> Counted {
-    /// 0 stands for what this kernel does not count.
-    #[inline(always)]
-    fn word(task: u64, offset: u32) -> u64 {
-        read::at(task, offset).unwrap_or_default()
-    }
     Counted {
-        run_ns: word(task, layout!(task_run_time)),
-        run_delay_ns: word(task, layout!(task_run_delay)),
-        read_bytes: word(task, layout!(task_read_bytes)),
-        write_bytes: word(task, layout!(task_write_bytes)),
-        reads: word(task, layout!(task_reads)) as u32,
-        writes: word(task, layout!(task_writes)) as u32,
-        minor_faults: word(task, layout!(task_minor_faults)) as u32,
-        major_faults: word(task, layout!(task_major_faults)) as u32,
+        run_ns: count(task, layout!(task_run_time)),
+        run_delay_ns: count(task, layout!(task_run_delay)),
+        read_bytes: count(task, layout!(task_read_bytes)),
+        write_bytes: count(task, layout!(task_write_bytes)),
+        reads: count(task, layout!(task_reads)) as u32,
+        writes: count(task, layout!(task_writes)) as u32,
+        minor_faults: count(task, layout!(task_minor_faults)) as u32,
+        major_faults: count(task, layout!(task_major_faults)) as u32,
     }
+}
+
+/// 0 stands for what this kernel does not count.
+#[inline(always)]
+fn count(task: u64, offset: u32) -> u64 {
+    if offset == OFFSET_MISSING { 0 } else { typed(task, offset) }
 }
 
 #[inline(always)]
 fn charge(slot: u32, cpu: u32, before: &Counted, now: &Counted) {
     let Some(counters) = counters(slot, cpu) else { return };
-    add_shared!(counters, run_ns, now.run_ns.saturating_sub(before.run_ns));
-    add_shared!(counters, run_delay_ns, now.run_delay_ns.saturating_sub(before.run_delay_ns));
-    add_shared!(counters, read_bytes, now.read_bytes.saturating_sub(before.read_bytes));
-    add_shared!(counters, write_bytes, now.write_bytes.saturating_sub(before.write_bytes));
-    add_shared!(counters, reads, u64::from(now.reads.wrapping_sub(before.reads)));
-    add_shared!(counters, writes, u64::from(now.writes.wrapping_sub(before.writes)));
-    let minor = u64::from(now.minor_faults.wrapping_sub(before.minor_faults));
-    let major = u64::from(now.major_faults.wrapping_sub(before.major_faults));
-    add_shared!(counters, page_faults, minor + major);
-    add_shared!(counters, major_faults, major);
+    add_since!(counters, run_ns, before.run_ns, now.run_ns);
+    add_since!(counters, run_delay_ns, before.run_delay_ns, now.run_delay_ns);
+    add_since!(counters, read_bytes, before.read_bytes, now.read_bytes);
+    add_since!(counters, write_bytes, before.write_bytes, now.write_bytes);
+    add_since!(counters, reads, before.reads, now.reads);
+    add_since!(counters, writes, before.writes, now.writes);
+    add_since!(counters, page_faults, before.minor_faults, now.minor_faults);
+    add_since!(counters, page_faults, before.major_faults, now.major_faults);
+    add_since!(counters, major_faults, before.major_faults, now.major_faults);
 }

@@ -4,7 +4,7 @@ use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use warmswap_events::{Class, UID_UNKNOWN};
 
-use crate::emit::{Context, emit, wanted};
+use crate::emit::{Context, emit, subscribed, wanted};
 use crate::maps::{add_shared, counters, cpu, layout};
 use crate::{cgroup, network, read};
 
@@ -20,15 +20,19 @@ const NEW_SYN_RECV: u32 = 12;
 
 #[raw_tracepoint(tracepoint = "inet_sock_set_state")]
 pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
+    let (old, new) = (ctx.arg::<u32>(1), ctx.arg::<u32>(2));
+    // Other states are only told.
+    if !matches!(new, ESTABLISHED | SYN_SENT | CLOSE) && !subscribed(Class::Tcp) {
+        return 0;
+    }
     let sock: u64 = ctx.arg(0);
     if read::at::<u16>(sock, layout!(sock_protocol)).is_some_and(|protocol| protocol != PROTOCOL_TCP) {
         return 0;
     }
-    let (old, new) = (ctx.arg::<u32>(1), ctx.arg::<u32>(2));
     let cpu = cpu();
     let owner = cgroup::of_sock(cpu, sock);
     if new == CLOSE && old != LISTEN {
-        network::ends(sock, owner.slot, cpu);
+        network::ends(sock, cpu);
     }
     if let Some(counters) = counters(owner.slot, cpu) {
         if new == ESTABLISHED {

@@ -13,6 +13,8 @@ pub(crate) enum Hook {
     Function(&'static str),
     /// Every task, when the sensor wants to know, and what happens to them meanwhile; see [`crate::load`].
     Tasks,
+    /// Every connection, when the sensor wants to know.
+    Connections,
     /// A program of a service that binds a port. No probe, but loaded and reported like one.
     Bind,
     /// The end of every system call, as long as somebody can read input; see [`crate::at_exit`], which knows the programs.
@@ -134,12 +136,13 @@ pub(crate) const PROBES: &[Probe] = &[
         hook: Hook::Tasks,
         needs: |l| {
             let of_task = vec![
+                Need::argument("the task of sched_process_exit", l.arg_ending_task, &[0]),
                 Need::argument("the task of sched_process_free", l.arg_gone_task, &[0]),
                 Need::argument("the task of cgroup_attach_task", l.arg_moved_task, &[2]),
                 Need::field("task_struct.pid", l.task_pid),
                 Need::field("task_struct.tgid", l.task_tgid),
                 Need::field("task_struct.start_time", l.task_start_time),
-                Need::field("task_struct.exit_state", l.task_exit_state),
+                Need::field("task_struct.flags", l.task_flags),
                 Need::field("task_struct.se.sum_exec_runtime", l.task_run_time),
             ];
             with(cgroup_of_task(l), of_task)
@@ -243,6 +246,23 @@ pub(crate) const PROBES: &[Probe] = &[
     },
     Probe {
         name: "tcp-traffic",
+        program: |_| "sweep",
+        typed: None,
+        class: "network",
+        hook: Hook::Connections,
+        needs: |l| {
+            let of_connection = vec![
+                Need::field("tcp_sock.bytes_received", l.tcp_bytes_received),
+                Need::field("tcp_sock.bytes_sent", l.tcp_bytes_sent),
+                Need::field("tcp_sock.segs_in", l.tcp_segments_in),
+                Need::field("tcp_sock.segs_out", l.tcp_segments_out),
+                Need::field("sock.skc_flags", l.sock_flags),
+            ];
+            with(cgroup_of_sock(l), of_connection)
+        },
+    },
+    Probe {
+        name: "request-latency",
         program: |_| "segment",
         typed: Some("segment_typed"),
         class: "network",
@@ -251,30 +271,14 @@ pub(crate) const PROBES: &[Probe] = &[
             let of_segment = vec![
                 Need::argument("the socket of tcp_probe", l.arg_segment_sock, &[0]),
                 Need::argument("the packet of tcp_probe", l.arg_segment_skb, &[1]),
-                Need::field("tcp_sock.bytes_received", l.tcp_bytes_received),
-                Need::field("tcp_sock.bytes_sent", l.tcp_bytes_sent),
-                Need::field("tcp_sock.segs_in", l.tcp_segments_in),
-                Need::field("tcp_sock.segs_out", l.tcp_segments_out),
-                Need::field("tcp_sock.tcp_header_len", l.tcp_header_length),
-                Need::field("sock.sk_flags", l.sock_flags),
-                Need::field("sk_buff.len", l.skb_length),
-            ];
-            with(cgroup_of_sock(l), of_segment)
-        },
-    },
-    Probe {
-        name: "request-latency",
-        program: |_| "segment",
-        typed: None,
-        class: "network",
-        hook: Hook::PartOf("tcp-traffic"),
-        needs: |l| {
-            vec![
                 Need::field("tcp_sock.snd_nxt", l.tcp_sent_next),
                 Need::field("tcp_sock.first_tx_mstamp", l.tcp_first_sent),
                 Need::field("tcp_sock.srtt_us", l.tcp_round_trip),
+                Need::field("tcp_sock.tcp_header_len", l.tcp_header_length),
+                Need::field("sk_buff.len", l.skb_length),
                 Need::field("sk_buff.data", l.skb_data),
-            ]
+            ];
+            with(cgroup_of_sock(l), of_segment)
         },
     },
     Probe {

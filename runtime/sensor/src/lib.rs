@@ -141,7 +141,7 @@ pub struct Sensor {
     lookout: Option<Lookout>,
     /// Whether it was said that input cannot be counted.
     input_refused: bool,
-    /// Whether it was said that tasks cannot be walked through.
+    /// Whether it was said that the kernel goes through no tasks or connections.
     walk_failed: bool,
 }
 
@@ -300,12 +300,14 @@ impl Sensor {
         Some(last)
     }
 
-    /// Has what tasks have counted taken over.
+    /// Has what tasks and connections have counted taken over.
     fn walk(&mut self) {
-        if let Err(error) = walk::walk(&mut self.loaded.object)
-            && !std::mem::replace(&mut self.walk_failed, true)
-        {
-            tracing::warn!(%error, "tasks cannot be walked through; what they do is counted when they end");
+        for walk in &self.loaded.walks {
+            if let Err(error) = walk.go()
+                && !std::mem::replace(&mut self.walk_failed, true)
+            {
+                tracing::warn!(%error, "the kernel does not go through tasks or connections: they are counted as they end");
+            }
         }
     }
 

@@ -5,9 +5,7 @@ use std::os::fd::AsFd;
 use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::{FEntry, KProbe, Program, ProgramError, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
-use warmswap_events::{
-    CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, global, map,
-};
+use warmswap_events::{CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, global, map};
 
 use crate::SensorConfig;
 use crate::at_exit::AtExit;
@@ -18,7 +16,7 @@ use crate::layout::{Need, layout_of, syscall_table};
 use crate::mapped::MappedArray;
 use crate::probe_log::{self, ProbeLog};
 use crate::ring::Ring;
-use crate::walk;
+use crate::walk::Walk;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/warmswap-probes"));
 
@@ -35,6 +33,8 @@ pub(crate) struct Loaded {
     pub(crate) probes: Vec<ProbeStatus>,
     /// `None` when input is off and marks do not need it.
     pub(crate) at_exit: Option<AtExit>,
+    /// Over tasks and over connections.
+    pub(crate) walks: Vec<Walk>,
     pub(crate) cpus: usize,
     pub(crate) counters: MappedArray<Counters>,
     pub(crate) histograms: MappedArray<Histogram>,
@@ -113,14 +113,14 @@ pub(crate) fn load(config: &SensorConfig) -> Result<Loaded, SensorError> {
     // aya's own reader, for the type ids of typed tracepoints and of the walk over tasks.
     let types = aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no types of the kernel")).ok();
     let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
-    let kernel =
-        Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, control: &control };
-    let (probes, at_exit) = attach_all(&mut object, &kernel, wanted);
+    let kernel = Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, control: &control };
+    let Attached { probes, at_exit, walks } = attach_all(&mut object, &kernel, wanted);
 
     let (slots, cpus) = (slots as usize, cpus as usize);
     Ok(Loaded {
         probes,
         at_exit,
+        walks,
         cpus,
         counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
         histograms: mapped(&mut object, map::HISTOGRAMS, slots * DISTRIBUTIONS as usize)?,
@@ -190,9 +190,16 @@ impl Kernel<'_> {
     }
 }
 
-fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Vec<ProbeStatus>, Option<AtExit>) {
-    let mut done: Vec<ProbeStatus> = Vec::with_capacity(PROBES.len());
-    let mut at_exit = None;
+/// What became of the probes, and those that do not only wait.
+#[derive(Default)]
+struct Attached {
+    probes: Vec<ProbeStatus>,
+    at_exit: Option<AtExit>,
+    walks: Vec<Walk>,
+}
+
+fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Attached {
+    let Attached { probes: mut done, mut at_exit, mut walks } = Attached::default();
     for probe in PROBES {
         let result = match probe.hook {
             _ if wanted.disabled.iter().any(|name| name == probe.name) => {
@@ -201,7 +208,16 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Ve
             _ if attach_typed(object, kernel, probe) => Ok(format!("{}, typed", hook_name(probe.hook))),
             Hook::WhileInputIsRead => attach_input(object, kernel, probe, &mut at_exit),
             Hook::Marks => attach_marks(object, kernel, &mut at_exit),
-            Hook::Tasks => attach_tasks(object, kernel, probe).map(|()| hook_name(probe.hook)),
+            Hook::Tasks => attach_tasks(object, kernel, probe).map(|walk| {
+                walks.push(walk);
+                hook_name(probe.hook)
+            }),
+            Hook::Connections => {
+                attach_walk(object, kernel, probe, "bpf_map_elem", Some(map::CONNECTIONS)).map(|walk| {
+                    walks.push(walk);
+                    hook_name(probe.hook)
+                })
+            }
             hook => attach(object, kernel, probe, &done).map(|()| hook_name(hook)),
         };
         if let Err(reason) = &result {
@@ -215,7 +231,7 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> (Ve
             hook: result.unwrap_or_else(|_| hook_name(probe.hook)),
         });
     }
-    (done, at_exit)
+    Attached { probes: done, at_exit, walks }
 }
 
 fn hook_name(hook: Hook) -> String {
@@ -223,6 +239,7 @@ fn hook_name(hook: Hook) -> String {
         Hook::Tracepoint(name) => format!("tracepoint {name}"),
         Hook::Function(name) => format!("fentry {name}"),
         Hook::Tasks => "iterator over tasks".to_owned(),
+        Hook::Connections => "iterator over connections".to_owned(),
         Hook::Bind => "cgroup bind, of services".to_owned(),
         Hook::WhileInputIsRead => "tracepoint sys_exit, while input can be read".to_owned(),
         Hook::Marks => "prctl".to_owned(),
@@ -274,24 +291,46 @@ fn attach_marks(object: &mut Ebpf, kernel: &Kernel<'_>, at_exit: &mut Option<AtE
     Ok("tracepoint sys_exit".to_owned())
 }
 
-/// The walk, and what happens to tasks between two of them.
-fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result<(), String> {
+/// The walk over tasks, and what happens to them between two.
+fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result<Walk, String> {
     const HAPPENS: [(&str, &str); 3] = [
         ("task_moved", "cgroup_attach_task"),
         ("task_ends", "sched_process_exit"),
         ("task_gone", "sched_process_free"),
     ];
-    met((probe.needs)(kernel.layout))?;
-    let types = kernel.types()?;
-    let walk = walk::program(object).ok_or_else(|| format!("the object has no program {}", walk::PROGRAM))?;
-    walk.load("task", types).map_err(|error| refusal(&error))?;
+    let walk = attach_walk(object, kernel, probe, "task", None)?;
     for (name, tracepoint) in HAPPENS {
         match object.program_mut(name) {
-            Some(Program::RawTracePoint(program)) => attach_tracepoint(program, tracepoint)?,
+            Some(Program::BtfTracePoint(program)) => {
+                program.load(tracepoint, kernel.types()?).map_err(|error| refusal(&error))?;
+                program.attach().map_err(|error| refusal(&error))?;
+            }
             _ => return Err(format!("the object has no program {name}")),
         }
     }
-    Ok(())
+    Ok(walk)
+}
+
+fn attach_walk(
+    object: &mut Ebpf,
+    kernel: &Kernel<'_>,
+    probe: &Probe,
+    over: &str,
+    map: Option<&str>,
+) -> Result<Walk, String> {
+    met((probe.needs)(kernel.layout))?;
+    let name = (probe.program)(kernel.layout);
+    let map = map.and_then(|name| match object.map(name) {
+        Some(Map::HashMap(data)) => data.fd().as_fd().try_clone_to_owned().ok(),
+        _ => None,
+    });
+    let Some(Program::Iter(program)) = object.program_mut(name) else {
+        return Err(format!("the object has no program {name}"));
+    };
+    program.load(over, kernel.types()?).map_err(|error| refusal(&error))?;
+    let program = program.fd().map_err(|error| refusal(&error))?;
+    let attached = Walk::attach(program.as_fd(), map.as_ref().map(AsFd::as_fd));
+    attached.map_err(|error| format!("the kernel refused the iterator: {error}"))
 }
 
 /// `Err` is the first that is not.
@@ -301,7 +340,8 @@ fn met(needs: impl IntoIterator<Item = Need>) -> Result<(), String> {
 
 /// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
 fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
-    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) = (kernel.types_of_arguments(), probe.typed, probe.hook)
+    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) =
+        (kernel.types_of_arguments(), probe.typed, probe.hook)
     else {
         return false;
     };

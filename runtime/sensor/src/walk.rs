@@ -1,40 +1,64 @@
-//! Has what tasks have counted taken over, before a window is read.
+//! Programs that the kernel runs for each of many things, when it is asked to: tasks, and entries of a map. So what they have
+//! counted is taken over before a window is read.
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use aya::Ebpf;
-use aya::programs::links::LinkError;
-use aya::programs::{Iter, Program, ProgramError};
+/// `bpf(2)`: what is asked of it here, which aya does not ask for maps.
+const LINK_CREATE: libc::c_int = 28;
+const ITER_CREATE: libc::c_int = 33;
+const TRACE_ITER: u32 = 28;
 
-pub(crate) const PROGRAM: &str = "walk";
-
-/// Why a walk failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum WalkError {
-    #[error(transparent)]
-    Program(#[from] ProgramError),
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error("the kernel stopped: {0}")]
-    Stopped(#[from] io::Error),
+#[repr(C)]
+struct LinkCreate {
+    program: u32,
+    target: u32,
+    kind: u32,
+    flags: u32,
+    /// What to go through, where the program does not say it.
+    over: u64,
+    over_bytes: u32,
 }
 
-/// Looks at every task of the host, which takes some 0.2 µs for each.
-pub(crate) fn walk(object: &mut Ebpf) -> Result<(), WalkError> {
-    // Not loaded where the probe is off, which was said.
-    let Some(program) = program(object).filter(|program| program.fd().is_ok()) else { return Ok(()) };
-    let link = program.attach()?;
-    let mut tasks: File = program.take_link(link)?.into_file()?;
-    // It says nothing; reading it to its end is what makes it go.
-    let mut nothing = [0; 64];
-    while tasks.read(&mut nothing)? != 0 {}
-    Ok(())
+#[repr(C)]
+struct IterCreate {
+    link: u32,
+    flags: u32,
 }
 
-pub(crate) fn program(object: &mut Ebpf) -> Option<&mut Iter> {
-    match object.program_mut(PROGRAM) {
-        Some(Program::Iter(program)) => Some(program),
-        _ => None,
+/// Detached when dropped.
+#[derive(Debug)]
+pub(crate) struct Walk {
+    link: OwnedFd,
+}
+
+impl Walk {
+    /// With a program that is loaded, over what it is for; over the entries of a map when that is given.
+    pub(crate) fn attach(program: BorrowedFd<'_>, map: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+        let map = map.map(|map| map.as_raw_fd() as u32);
+        let (over, over_bytes) = map.as_ref().map_or((0, 0), |map| (std::ptr::from_ref(map) as u64, size_of_val(map)));
+        let program = program.as_raw_fd() as u32;
+        let create = LinkCreate { program, target: 0, kind: TRACE_ITER, flags: 0, over, over_bytes: over_bytes as u32 };
+        bpf(LINK_CREATE, &create).map(|link| Self { link })
     }
+
+    /// Over all of them, once.
+    pub(crate) fn go(&self) -> io::Result<()> {
+        let mut all = File::from(bpf(ITER_CREATE, &IterCreate { link: self.link.as_raw_fd() as u32, flags: 0 })?);
+        // It says nothing; reading it to its end is what makes it go.
+        let mut nothing = [0; 64];
+        while all.read(&mut nothing)? != 0 {}
+        Ok(())
+    }
+}
+
+fn bpf<T>(command: libc::c_int, argument: &T) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel reads this many bytes of a live structure, and what it points to.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(argument), size_of::<T>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor the kernel just gave us, owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }

@@ -115,7 +115,12 @@ fn datagrams_are_counted_exactly() {
 fn latency_of_requests_is_measured_for_a_server_that_knows_nothing() {
     const TEST: &str = "latency_of_requests_is_measured_for_a_server_that_knows_nothing";
     let mut sensor = sensor_or_leave!("latency_of_requests_is_measured_for_a_server_that_knows_nothing");
-    need_probe!("latency_of_requests_is_measured_for_a_server_that_knows_nothing", sensor, "tcp-traffic", "request-latency");
+    need_probe!(
+        "latency_of_requests_is_measured_for_a_server_that_knows_nothing",
+        sensor,
+        "tcp-traffic",
+        "request-latency"
+    );
     let cgroup = Cgroup::new();
     sensor.watch(cgroup.id).expect("watch");
     let (read, write) = support::pipe();
