@@ -120,12 +120,20 @@ fn by_id(cpu: u32, id: u64, cgroup: u64) -> u32 {
 /// The slot of one of many tasks, whose type the verifier knows.
 #[inline(always)]
 pub(crate) fn of_any_task(cpu: u32, task: u64) -> u32 {
-    let find = || {
-        let cgroup = typed_pointer(typed_pointer(task, layout!(task_cgroups))?, layout!(css_set_dfl_cgrp))?;
-        let id = typed(typed_pointer(cgroup, layout!(cgroup_kn))?, layout!(kernfs_id));
-        Some(by_id(cpu, id, cgroup))
-    };
-    find().unwrap_or(0)
+    let find = || typed_pointer(typed_pointer(task, layout!(task_cgroups))?, layout!(css_set_dfl_cgrp));
+    find().map_or(0, |cgroup| of_typed(cpu, cgroup))
+}
+
+/// The slot of one of many sockets, whose type the verifier knows; from 5.16 on.
+#[inline(always)]
+pub(crate) fn of_typed_sock(cpu: u32, sock: u64) -> u32 {
+    typed_pointer(sock, layout!(sock_cgroup)).map_or(0, |cgroup| of_typed(cpu, cgroup))
+}
+
+/// Of a `struct cgroup *` whose type the verifier knows.
+#[inline(always)]
+fn of_typed(cpu: u32, cgroup: u64) -> u32 {
+    typed_pointer(cgroup, layout!(cgroup_kn)).map_or(0, |node| by_id(cpu, typed(node, layout!(kernfs_id)), cgroup))
 }
 
 /// The slot of one of many sockets.

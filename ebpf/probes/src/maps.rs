@@ -7,7 +7,7 @@ use warmswap_events::{
     SYSCALL_TABLE, bucket_of_ns,
 };
 
-use crate::network::Connection;
+use crate::network::{Connection, Places, ROWS};
 use crate::tasks::Task;
 
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
@@ -44,9 +44,17 @@ pub(crate) static PORTS: Array<u64> = Array::with_max_entries(2, 0);
 #[map]
 pub(crate) static TASKS: HashMap<u32, Task> = HashMap::with_max_entries(1 << 15, 0);
 
-/// TCP socket (the address of its struct) → what is known of its connection. About 7 MiB.
+/// TCP socket (the address of its struct) → what is known of its connection. About 6 MiB.
 #[map]
 pub(crate) static CONNECTIONS: HashMap<u64, Connection> = HashMap::with_max_entries(1 << 16, 0);
+
+/// Local port → how many connections of `CONNECTIONS` are served there.
+#[map]
+pub(crate) static SERVED: Array<u64> = Array::with_max_entries(1 << 16, 0);
+
+/// By the number of a socket → requests that wait for their answer. 1 MiB.
+#[map]
+pub(crate) static REQUESTS: Array<Places> = Array::with_max_entries(ROWS, 0);
 
 /// (slot, request queue) → the sector after the last request.
 #[map]

@@ -4,6 +4,7 @@
 //!  sensor wants a window    sweep    every connection ┐
 //!  a connection ends        ends          it          ┴ its counters now − CONNECTIONS[socket] ─▶ COUNTERS
 //!  a segment arrives        segment       a request begins, or was answered ─▶ HISTOGRAMS
+//!  a cgroup is watched      adopt    connections that are there already
 //! ```
 //!
 //! What is counted is what the kernel counts for each connection anyway. Bytes are those that programs sent and received, without
@@ -15,20 +16,20 @@
 //! latest, is when it is read. What a service asks of others is left out. The round-trip time is what TCP itself reckons with,
 //! looked at as a request is answered.
 
+//! A segment is looked at without calling anything, as far as that goes: of a host that guards its returns every call is dear. So
+//! those of clients are told by their port, and requests wait in places by the number of their socket, four in a row.
+
 use core::ffi::c_void;
 
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use warmswap_events::Distribution;
 
 use crate::emit::now_ns;
-use crate::maps::{ASKED, CONNECTIONS, add_shared, counters, cpu, layout, record};
+use crate::maps::{ASKED, CONNECTIONS, REQUESTS, SERVED, add_atomic, add_shared, counters, cpu, layout, record};
 use crate::{cgroup, read, trouble};
-
-/// Request state of a connection: nothing asked; a client's; else the time the pending request arrived.
-const IDLE: u64 = 0;
-const CLIENT: u64 = u64::MAX;
 
 /// No header of TCP is longer.
 const HEADER_MAX: u32 = 60;
@@ -36,16 +37,43 @@ const HEADER_MAX: u32 = 60;
 /// Of the flags of a socket the one that says that the other side has said that it is done.
 const DONE: u64 = 1 << 1;
 
+const PROTOCOL_TCP: u16 = 6;
+const STATE_ESTABLISHED: u8 = 1;
+const FAMILY_V4: u16 = 2;
+const FAMILY_V6: u16 = 10;
+const MODE_KIND: u16 = 0o170_000;
+const MODE_SOCKET: u16 = 0o140_000;
+
 /// A TCP connection of a watched cgroup.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Connection {
-    request: u64,
-    /// The next to be sent as the pending request arrived, in sequence numbers.
-    next: u32,
     slot: u32,
+    /// 0 for a client's, whose port is not among those in `SERVED`.
+    served: u32,
     charged: Carried,
 }
+
+/// One that waits for its answer; nothing when `sock` is 0.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Request {
+    sock: u64,
+    since_ns: u64,
+    /// What was to be sent next as it arrived, in sequence numbers.
+    next: u32,
+    slot: u32,
+    unused: u64,
+}
+
+const PLACES: usize = 4;
+
+/// Requests whose sockets have the same number.
+#[repr(C)]
+pub(crate) struct Places([Request; PLACES]);
+
+/// How many of [`Places`].
+pub(crate) const ROWS: u32 = 1 << 13;
 
 /// What a connection has carried.
 #[repr(C)]
@@ -96,11 +124,16 @@ impl Struct {
 pub(crate) fn segment_typed(ctx: BtfTracePointContext) -> i32 {
     // (sock, skb); where BTF says otherwise the sensor attaches neither program.
     let sock: u64 = ctx.arg(0);
-    if let Some(connection) = served(sock) {
+    if !is_served(read::typed(sock, layout!(sock_port_local))) {
+        return 0;
+    }
+    let slot = cgroup::of_typed_sock(cpu(), sock);
+    if slot != 0 {
         // SAFETY: a socket of a type that the verifier knows, and so is the result, when it is one.
         let tcp = unsafe { bpf_skc_to_tcp_sock(sock as *mut _) } as u64;
         if tcp != 0 {
-            arrives(connection, Struct::Typed(tcp), Struct::Typed(ctx.arg(1)));
+            let hash = read::typed(sock, layout!(sock_hash));
+            arrives(slot, sock, hash, Struct::Typed(tcp), Struct::Typed(ctx.arg(1)));
         }
     }
     0
@@ -110,42 +143,62 @@ pub(crate) fn segment_typed(ctx: BtfTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "tcp_probe")]
 pub(crate) fn segment(ctx: RawTracePointContext) -> i32 {
     let sock: u64 = ctx.arg(0);
-    if let Some(connection) = served(sock) {
-        arrives(connection, Struct::Raw(sock), Struct::Raw(ctx.arg(1)));
+    if !read::at(sock, layout!(sock_port_local)).is_some_and(is_served) {
+        return 0;
+    }
+    let slot = cgroup::of_any_sock(cpu(), sock);
+    if slot != 0 {
+        let hash = read::at(sock, layout!(sock_hash)).unwrap_or_default();
+        arrives(slot, sock, hash, Struct::Raw(sock), Struct::Raw(ctx.arg(1)));
     }
     0
 }
 
-/// A connection of somebody watched that is not a client's.
+/// Whether this is the port of a connection that somebody watched serves.
 #[inline(always)]
-fn served(sock: u64) -> Option<*mut Connection> {
-    let connection = match CONNECTIONS.get_ptr_mut(&sock) {
-        Some(connection) => connection,
-        None => begin_before(sock)?,
-    };
+fn is_served(port: u16) -> bool {
     // SAFETY: the lookup succeeded; one word.
-    if unsafe { (*connection).request } == CLIENT { None } else { Some(connection) }
+    SERVED.get_ptr(u32::from(port)).is_some_and(|served| unsafe { core::ptr::read_volatile(served) } != 0)
+}
+
+/// By the number that the kernel finds the socket by.
+#[inline(always)]
+fn places(hash: u32) -> Option<*mut Places> {
+    REQUESTS.get_ptr_mut(hash % ROWS)
 }
 
 /// A segment has arrived and is about to be looked at.
 #[inline(always)]
-fn arrives(connection: *mut Connection, tcp: Struct, skb: Struct) {
-    // SAFETY: the lookup succeeded. A segment at a time: the kernel has locked the socket.
-    let connection = unsafe { &mut *connection };
+fn arrives(slot: u32, sock: u64, hash: u32, tcp: Struct, skb: Struct) {
+    let Some(places) = places(hash) else { return };
+    // SAFETY: the lookup succeeded. A segment of a socket at a time: the kernel has locked it. Of two sockets in one row that are
+    // asked at once on two CPUs the one may lose its place to the other.
+    let places = unsafe { &mut (*places).0 };
     let next: u32 = tcp.at(layout!(tcp_sent_next));
-    if connection.request != IDLE {
-        if next == connection.next {
-            return;
+    let mut free = None;
+    for place in places {
+        if place.sock == sock {
+            if place.next == next {
+                return;
+            }
+            if place.slot == slot {
+                answered(slot, place.since_ns, tcp);
+            }
+            place.sock = 0;
         }
-        answered(connection.slot, connection.request, tcp);
-        connection.request = IDLE;
+        if place.sock == 0 && free.is_none() {
+            free = Some(place);
+        }
     }
     let length: u32 = skb.at(layout!(skb_length));
     // Of what is longer than its usual header the rest may still be a longer header: of an acknowledgement of gaps.
     let usual = u32::from(tcp.at::<u16>(layout!(tcp_header_length)));
     if length > usual && (length > HEADER_MAX || length > header_length(skb)) {
-        connection.request = asked(connection.slot);
-        connection.next = next;
+        let since_ns = asked(slot);
+        match free {
+            Some(place) => *place = Request { sock, since_ns, next, slot, unused: 0 },
+            None => trouble::unmeasured_request(u64::from(slot)),
+        }
     }
 }
 
@@ -182,32 +235,32 @@ fn header_length(skb: Struct) -> u32 {
     read::at::<u8>(skb.at(layout!(skb_data)), DATA_OFFSET).map_or(HEADER_MAX, |words| u32::from(words >> 4) * 4)
 }
 
-/// A connection that was there before anybody watched counts from now on. Who asked for it is not known.
-#[inline(always)]
-fn begin_before(sock: u64) -> Option<*mut Connection> {
-    let slot = cgroup::of_any_sock(cpu(), sock);
-    if slot == 0 {
-        return None;
-    }
-    let mut charged = Carried::of(sock);
-    // The one that arrives is counted by the kernel already, what it brings is not.
-    charged.segments_in = charged.segments_in.wrapping_sub(1);
-    begin(sock, &Connection { request: IDLE, next: 0, slot, charged });
-    CONNECTIONS.get_ptr_mut(&sock)
-}
-
-#[inline(always)]
-fn begin(sock: u64, connection: &Connection) {
-    if CONNECTIONS.insert(&sock, connection, 0).is_err() {
-        trouble::unmeasured_connection(u64::from(connection.slot));
-    }
-}
-
 /// A connection is being made: by whom it is asked for, or with whoever asked.
 #[inline(always)]
 pub(crate) fn begins(sock: u64, slot: u32, as_client: bool) {
-    let request = if as_client { CLIENT } else { IDLE };
-    begin(sock, &Connection { request, next: 0, slot, charged: Carried::default() });
+    let connection = Connection { slot, served: u32::from(!as_client), charged: Carried::default() };
+    begin(sock, &connection, 0);
+}
+
+#[inline(always)]
+fn begin(sock: u64, connection: &Connection, flags: u64) {
+    const EXISTS: i32 = -17;
+    match CONNECTIONS.insert(&sock, connection, flags) {
+        Ok(()) => serve(sock, connection, 1),
+        Err(EXISTS) => {}
+        Err(_) => trouble::unmeasured_connection(u64::from(connection.slot)),
+    }
+}
+
+/// One more connection of its port is served, or one less.
+#[inline(always)]
+fn serve(sock: u64, connection: &Connection, more: u64) {
+    if connection.served != 0
+        && let Some(port) = read::at::<u16>(sock, layout!(sock_port_local))
+        && let Some(served) = SERVED.get_ptr_mut(u32::from(port))
+    {
+        add_atomic(served, more);
+    }
 }
 
 /// The connection has ended; its socket still knows what it carried.
@@ -215,10 +268,68 @@ pub(crate) fn begins(sock: u64, slot: u32, as_client: bool) {
 pub(crate) fn ends(sock: u64, cpu: u32) {
     if let Some(connection) = CONNECTIONS.get_ptr_mut(&sock) {
         // SAFETY: the lookup succeeded.
-        charge(unsafe { &mut *connection }, sock, cpu);
-        // Fails only when it is not there.
-        let _ = CONNECTIONS.remove(&sock);
+        let connection = unsafe { &mut *connection };
+        charge(connection, sock, cpu);
+        forget(sock, connection);
     }
+}
+
+#[inline(always)]
+fn forget(sock: u64, connection: &Connection) {
+    serve(sock, connection, u64::MAX);
+    if connection.served != 0
+        && let Some(hash) = read::at(sock, layout!(sock_hash))
+        && let Some(places) = places(hash)
+    {
+        // SAFETY: the lookup succeeded.
+        for place in unsafe { &mut (*places).0 } {
+            if place.sock == sock {
+                place.sock = 0;
+            }
+        }
+    }
+    // Fails only when it is not there.
+    let _ = CONNECTIONS.remove(&sock);
+}
+
+/// What the kernel passes for each open file of each task, and once more with none at the end.
+#[repr(C)]
+pub(crate) struct EachFile {
+    _meta: *mut c_void,
+    _task: *mut c_void,
+    _descriptor: u64,
+    file: *mut c_void,
+}
+
+/// A connection that was there before anybody watched counts from now on. Who asked for it is not known: it is taken for served.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task_file")]
+pub(crate) extern "C" fn adopt(each: *mut EachFile) -> i32 {
+    // SAFETY: the program's context.
+    let file = unsafe { (*each).file } as u64;
+    if file != 0
+        && let Some(sock) = established(file)
+    {
+        let slot = cgroup::of_any_sock(cpu(), sock);
+        if slot != 0 {
+            let connection = Connection { slot, served: 1, charged: Carried::of(sock) };
+            begin(sock, &connection, BPF_NOEXIST.into());
+        }
+    }
+    0
+}
+
+/// The socket of a file that is an established TCP connection.
+#[inline(always)]
+fn established(file: u64) -> Option<u64> {
+    let mode = read::at::<u16>(read::pointer(file, layout!(file_inode))?, layout!(inode_mode))?;
+    if mode & MODE_KIND != MODE_SOCKET {
+        return None;
+    }
+    let sock = read::pointer(read::pointer(file, layout!(file_private))?, layout!(socket_sock))?;
+    let is_tcp = read::at(sock, layout!(sock_protocol)) == Some(PROTOCOL_TCP)
+        && read::at(sock, layout!(sock_family)).is_some_and(|family: u16| family == FAMILY_V4 || family == FAMILY_V6);
+    (is_tcp && read::at(sock, layout!(sock_state)) == Some(STATE_ESTABLISHED)).then_some(sock)
 }
 
 /// What the kernel passes for each entry of a map, and once more with none at the end.
@@ -238,21 +349,16 @@ pub(crate) extern "C" fn sweep(each: *mut EachEntry) -> i32 {
     if key.is_null() || connection.is_null() {
         return 0;
     }
-    // SAFETY: an entry of the map that the program goes through. A segment may arrive meanwhile: it writes other words.
+    // SAFETY: an entry of the map that the program goes through.
     let (sock, connection) = unsafe { (*key, &mut *connection) };
     let cpu = cpu();
     charge(connection, sock, cpu);
     // Somebody else may be watched by now.
     let slot = cgroup::of_any_sock(cpu, sock);
     if slot == 0 {
-        // Fails only when it is not there.
-        let _ = CONNECTIONS.remove(&sock);
-    } else if slot != connection.slot {
+        forget(sock, connection);
+    } else {
         connection.slot = slot;
-        // What was asked while it was somebody else's is answered in no time that counts.
-        if connection.request != CLIENT {
-            connection.request = IDLE;
-        }
     }
     0
 }

@@ -66,11 +66,12 @@ messages! {
     4 classified_socket(class):
         "a socket has the v1 network class {} instead of a cgroup: its TCP events are nobody's ({} times so far)";
     5 unmeasured_connection(slot):
-        "no entry for a connection of slot {}: what it carries and asks is not counted ({} times so far)";
+        "too many connections are watched: what one of slot {} carries is not counted ({} times so far)";
     6 unordered_block(slot):
         "no entry for a disk of slot {}: a sequential request may count as random ({} times so far)";
     7 unread_mark(cgroup): "the arguments of a handover mark from cgroup {} cannot be read ({} times so far)";
     8 unread_fork(parent): "the child of process {} cannot be read: it is not counted ({} times so far)";
+    10 unmeasured_request(slot): "no place for a request to slot {}: its latency is not measured ({} times so far)";
     9 unread_block(slot): "a block request of slot {} cannot be read: it is not counted ({} times so far)";
 }
 

@@ -257,6 +257,12 @@ pub(crate) const PROBES: &[Probe] = &[
                 Need::field("tcp_sock.segs_in", l.tcp_segments_in),
                 Need::field("tcp_sock.segs_out", l.tcp_segments_out),
                 Need::field("sock.skc_flags", l.sock_flags),
+                Need::field("sock.skc_family", l.sock_family),
+                Need::field("sock.sk_protocol", l.sock_protocol),
+                Need::field("socket.sk", l.socket_sock),
+                Need::field("file.private_data", l.file_private),
+                Need::field("file.f_inode", l.file_inode),
+                Need::field("inode.i_mode", l.inode_mode),
             ];
             with(cgroup_of_sock(l), of_connection)
         },
@@ -271,6 +277,7 @@ pub(crate) const PROBES: &[Probe] = &[
             let of_segment = vec![
                 Need::argument("the socket of tcp_probe", l.arg_segment_sock, &[0]),
                 Need::argument("the packet of tcp_probe", l.arg_segment_skb, &[1]),
+                Need::field("sock.skc_hash", l.sock_hash),
                 Need::field("tcp_sock.snd_nxt", l.tcp_sent_next),
                 Need::field("tcp_sock.first_tx_mstamp", l.tcp_first_sent),
                 Need::field("tcp_sock.srtt_us", l.tcp_round_trip),

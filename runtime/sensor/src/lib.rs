@@ -58,6 +58,7 @@ use drain::{Drain, Sources};
 use load::Loaded;
 use ports::Ports;
 use readers::Lookout;
+use walk::Walk;
 use windows::Watched;
 
 pub type Result<T> = std::result::Result<T, SensorError>;
@@ -279,6 +280,7 @@ impl Sensor {
         self.watched.push(watched);
         self.raise_epoch();
         // What is there already counts from now on.
+        self.go(|loaded| loaded.adopt.as_slice());
         self.walk();
         self.look_for_readers();
         Ok(())
@@ -302,7 +304,11 @@ impl Sensor {
 
     /// Has what tasks and connections have counted taken over.
     fn walk(&mut self) {
-        for walk in &self.loaded.walks {
+        self.go(|loaded| &loaded.walks);
+    }
+
+    fn go(&mut self, walks: impl Fn(&Loaded) -> &[Walk]) {
+        for walk in walks(&self.loaded) {
             if let Err(error) = walk.go()
                 && !std::mem::replace(&mut self.walk_failed, true)
             {

@@ -35,6 +35,8 @@ pub(crate) struct Loaded {
     pub(crate) at_exit: Option<AtExit>,
     /// Over tasks and over connections.
     pub(crate) walks: Vec<Walk>,
+    /// Over the open files of all tasks, for connections that are there already.
+    pub(crate) adopt: Option<Walk>,
     pub(crate) cpus: usize,
     pub(crate) counters: MappedArray<Counters>,
     pub(crate) histograms: MappedArray<Histogram>,
@@ -114,13 +116,14 @@ pub(crate) fn load(config: &SensorConfig) -> Result<Loaded, SensorError> {
     let types = aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no types of the kernel")).ok();
     let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
     let kernel = Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, control: &control };
-    let Attached { probes, at_exit, walks } = attach_all(&mut object, &kernel, wanted);
+    let Attached { probes, at_exit, walks, adopt } = attach_all(&mut object, &kernel, wanted);
 
     let (slots, cpus) = (slots as usize, cpus as usize);
     Ok(Loaded {
         probes,
         at_exit,
         walks,
+        adopt,
         cpus,
         counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
         histograms: mapped(&mut object, map::HISTOGRAMS, slots * DISTRIBUTIONS as usize)?,
@@ -196,10 +199,11 @@ struct Attached {
     probes: Vec<ProbeStatus>,
     at_exit: Option<AtExit>,
     walks: Vec<Walk>,
+    adopt: Option<Walk>,
 }
 
 fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Attached {
-    let Attached { probes: mut done, mut at_exit, mut walks } = Attached::default();
+    let Attached { probes: mut done, mut at_exit, mut walks, mut adopt } = Attached::default();
     for probe in PROBES {
         let result = match probe.hook {
             _ if wanted.disabled.iter().any(|name| name == probe.name) => {
@@ -212,12 +216,11 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
                 walks.push(walk);
                 hook_name(probe.hook)
             }),
-            Hook::Connections => {
-                attach_walk(object, kernel, probe, "bpf_map_elem", Some(map::CONNECTIONS)).map(|walk| {
-                    walks.push(walk);
-                    hook_name(probe.hook)
-                })
-            }
+            Hook::Connections => attach_connections(object, kernel, probe).map(|(sweep, adopter)| {
+                walks.push(sweep);
+                adopt = Some(adopter);
+                hook_name(probe.hook)
+            }),
             hook => attach(object, kernel, probe, &done).map(|()| hook_name(hook)),
         };
         if let Err(reason) = &result {
@@ -231,7 +234,7 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
             hook: result.unwrap_or_else(|_| hook_name(probe.hook)),
         });
     }
-    Attached { probes: done, at_exit, walks }
+    Attached { probes: done, at_exit, walks, adopt }
 }
 
 fn hook_name(hook: Hook) -> String {
@@ -298,7 +301,8 @@ fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result
         ("task_ends", "sched_process_exit"),
         ("task_gone", "sched_process_free"),
     ];
-    let walk = attach_walk(object, kernel, probe, "task", None)?;
+    met((probe.needs)(kernel.layout))?;
+    let walk = attach_walk(object, kernel, "walk", "task", None)?;
     for (name, tracepoint) in HAPPENS {
         match object.program_mut(name) {
             Some(Program::BtfTracePoint(program)) => {
@@ -311,15 +315,20 @@ fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result
     Ok(walk)
 }
 
+/// The sweep through connections, and what finds those that are there already.
+fn attach_connections(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result<(Walk, Walk), String> {
+    met((probe.needs)(kernel.layout))?;
+    let sweep = attach_walk(object, kernel, "sweep", "bpf_map_elem", Some(map::CONNECTIONS))?;
+    Ok((sweep, attach_walk(object, kernel, "adopt", "task_file", None)?))
+}
+
 fn attach_walk(
     object: &mut Ebpf,
     kernel: &Kernel<'_>,
-    probe: &Probe,
+    name: &str,
     over: &str,
     map: Option<&str>,
 ) -> Result<Walk, String> {
-    met((probe.needs)(kernel.layout))?;
-    let name = (probe.program)(kernel.layout);
     let map = map.and_then(|name| match object.map(name) {
         Some(Map::HashMap(data)) => data.fd().as_fd().try_clone_to_owned().ok(),
         _ => None,
