@@ -239,7 +239,7 @@ pub enum Distribution {
     RequestLatency = 0,
     /// From the arrival of one request to that of the next, over all connections.
     RequestGap = 1,
-    /// Smoothed round-trip time of a connection as its requests are answered.
+    /// Smoothed round-trip time of each connection, as what it carries is counted: once a window, and as it ends.
     RoundTrip = 2,
     /// From the making of a block request to its completion.
     BlockLatency = 3,

@@ -13,9 +13,8 @@
 //! Latency needs no knowledge of the protocol: on a connection that was accepted, the first segment with payload that
 //! arrives starts a request, and the first with payload that leaves answers it. With pipelining this is the time to the first
 //! answer of the batch. When the answer left the kernel has kept for itself; whatever arrives next, the acknowledgement at the
-//! latest, is when it is read. What a service asks of others is left out. The round-trip time is what TCP itself reckons with,
-//! looked at as a request is answered.
-
+//! latest, is when it is read. What a service asks of others is left out.
+//!
 //! A segment is looked at without calling anything, as far as that goes: of a host that guards its returns every call is dear. So
 //! those of clients are told by their port, and requests wait in places by the number of their socket, four in a row.
 
@@ -209,9 +208,6 @@ fn answered(slot: u32, since_ns: u64, tcp: Struct) {
     let first_us: u64 = tcp.at(layout!(tcp_first_sent));
     let left_ns = if first_us >= since_ns / 1000 { first_us * 1000 } else { now_ns() };
     record(slot, Distribution::RequestLatency, left_ns.saturating_sub(since_ns));
-    // The kernel keeps eight times the value.
-    let round_trip_us = tcp.at::<u32>(layout!(tcp_round_trip)) >> 3;
-    record(slot, Distribution::RoundTrip, u64::from(round_trip_us) * 1000);
 }
 
 /// A request arrives now: the time, after the gap to the one before was taken in. Of two that arrive at once on two CPUs one
@@ -370,6 +366,13 @@ fn charge(connection: &mut Connection, sock: u64, cpu: u32) {
     let now = Carried::of(sock);
     let before = core::mem::replace(&mut connection.charged, now);
     let Some(counters) = counters(connection.slot, cpu) else { return };
+    // The kernel keeps eight times the value.
+    if now.segments_in != before.segments_in
+        && let Some(round_trip_us) = read::at::<u32>(sock, layout!(tcp_round_trip))
+        && round_trip_us != 0
+    {
+        record(connection.slot, Distribution::RoundTrip, u64::from(round_trip_us >> 3) * 1000);
+    }
     add_shared!(counters, rx_bytes, now.bytes_received.saturating_sub(before.bytes_received));
     add_shared!(counters, tx_bytes, now.bytes_sent.saturating_sub(before.bytes_sent));
     add_shared!(counters, rx_packets, u64::from(now.segments_in.wrapping_sub(before.segments_in)));

@@ -82,7 +82,7 @@ fn accepted(sensor: &mut Sensor, report: &mut Report) {
     let durations = window.durations;
     values!(report, "request-latency", durations.request_latency == ACCEPTED * REQUESTS);
     values!(report, "request-latency", durations.request_gap == ACCEPTED * REQUESTS - 1);
-    values!(report, "request-latency", durations.round_trip == ACCEPTED * REQUESTS);
+    values!(report, "tcp-traffic", durations.round_trip == ACCEPTED);
     let expected = [
         ("close → listen", 1),
         ("listen → syn-recv", ACCEPTED),
