@@ -19,6 +19,8 @@ struct LinkCreate {
     /// What to go through, where the program does not say it.
     over: u64,
     over_bytes: u32,
+    /// Older kernels want nothing behind it.
+    nothing: u32,
 }
 
 #[repr(C)]
@@ -39,7 +41,15 @@ impl Walk {
         let map = map.map(|map| map.as_raw_fd() as u32);
         let (over, over_bytes) = map.as_ref().map_or((0, 0), |map| (std::ptr::from_ref(map) as u64, size_of_val(map)));
         let program = program.as_raw_fd() as u32;
-        let create = LinkCreate { program, target: 0, kind: TRACE_ITER, flags: 0, over, over_bytes: over_bytes as u32 };
+        let create = LinkCreate {
+            program,
+            target: 0,
+            kind: TRACE_ITER,
+            flags: 0,
+            over,
+            over_bytes: over_bytes as u32,
+            nothing: 0,
+        };
         bpf(LINK_CREATE, &create).map(|link| Self { link })
     }
 
