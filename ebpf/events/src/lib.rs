@@ -17,8 +17,10 @@ pub use layout::{ARG_MISSING, Layout, OFFSET_MISSING, SYSCALL_TABLE, SyscallKind
 
 /// Names of the maps in the BPF object.
 pub mod map {
-    /// Forced or default wake-up: marks and out-of-memory kills.
+    /// Marks and out-of-memory kills.
     pub const RING_URGENT: &str = "RING_URGENT";
+    /// CPU → by which the reader of `RING_URGENT` there is woken; where there is none, the ring wakes who waits for it.
+    pub const WAKERS: &str = "WAKERS";
     /// Never wakes, drained on a timer: everything else.
     pub const RING_BULK: &str = "RING_BULK";
     /// `slot * cpus + cpu` → [`crate::Counters`].

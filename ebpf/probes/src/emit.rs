@@ -1,19 +1,22 @@
 //! Sending records, with accounting: every record a probe wants to send is counted as emitted, and as dropped too when
 //! the ring had no room. As the bulk ring fills, one class after the other is no longer sent, the least valuable first.
 
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::BPF_F_CURRENT_CPU;
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_ns,
+    bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_ns, bpf_perf_event_output,
     bpf_probe_read_kernel_str, bpf_probe_read_user_str,
 };
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use warmswap_events::{Class, ExecRecord, PATH_LENGTH, Record, UID_UNKNOWN};
 
 use crate::cgroup::Owner;
-use crate::maps::{ACCOUNT, BULK_RING_BYTES, CONTROL, OWN_TGID, RING_BULK, RING_URGENT, add_atomic, global};
+use crate::maps::{ACCOUNT, BULK_RING_BYTES, CONTROL, OWN_TGID, RING_BULK, RING_URGENT, WAKERS, add_atomic, global};
 use crate::trouble;
 
 /// The reader of the bulk ring comes on a timer, so waking it would be wasted.
 const NO_WAKEUP: u64 = 1;
+const FORCE_WAKEUP: u64 = 2;
 
 /// Asks a ring how many bytes wait to be read.
 const BPF_RB_AVAIL_DATA: u64 = 0;
@@ -143,7 +146,25 @@ fn fill(record: *mut Record, class: Class, owner: Owner, context: Context, args:
 pub(crate) fn emit(class: Class, owner: Owner, context: Context, args: [u64; 2]) {
     if let Some(mut entry) = reserve::<Record>(class) {
         fill(entry.as_mut_ptr(), class, owner, context, args);
-        entry.submit(if class.urgent() { 0 } else { NO_WAKEUP });
+        entry.submit(NO_WAKEUP);
+    }
+}
+
+/// The same of an urgent class, and wakes who waits for it on this CPU; where nobody does, who waits for the ring. `program`: its
+/// context.
+#[inline(always)]
+pub(crate) fn emit_urgent(program: &impl EbpfContext, class: Class, owner: Owner, context: Context, args: [u64; 2]) {
+    emit(class, owner, context, args);
+    let map = (&raw const WAKERS).cast_mut().cast();
+    let mut nothing = 0u64;
+    let length = size_of_val(&nothing) as u64;
+    // SAFETY: the program's context, a map of the type asked for, and our own stack.
+    let woken =
+        unsafe { bpf_perf_event_output(program.as_ptr(), map, BPF_F_CURRENT_CPU, (&raw mut nothing).cast(), length) };
+    if woken != 0
+        && let Some(entry) = RING_URGENT.reserve::<u64>(0)
+    {
+        entry.discard(FORCE_WAKEUP);
     }
 }
 

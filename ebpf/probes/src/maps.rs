@@ -1,7 +1,7 @@
 //! Maps and globals. Sizes marked "set at load" are placeholders that the sensor replaces.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerfEventArray, RingBuf};
 use warmswap_events::{
     BUCKETS, CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout,
     SYSCALL_TABLE, bucket_of_ns,
@@ -15,6 +15,8 @@ const MMAPABLE: u32 = 1 << 10;
 
 #[map]
 pub(crate) static RING_URGENT: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
+#[map]
+pub(crate) static WAKERS: PerfEventArray<u64> = PerfEventArray::new(0); // one per CPU
 #[map]
 pub(crate) static RING_BULK: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0); // set at load
 

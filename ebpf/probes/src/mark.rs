@@ -4,12 +4,13 @@
 //! One of three programs sees them, the first that the kernel allows: a tracepoint for just such calls (Linux 6.13), a kprobe at
 //! `prctl`, or [`crate::syscall`] at the end of every system call.
 
+use aya_ebpf::EbpfContext;
 use aya_ebpf::macros::{kprobe, raw_tracepoint};
 use aya_ebpf::programs::{ProbeContext, RawTracePointContext};
 use warmswap_events::{Class, LANE_OTHER, MARK_OPTION};
 
 use crate::cgroup::{self, Owner};
-use crate::emit::{Context, emit};
+use crate::emit::{Context, emit_urgent};
 use crate::maps::{cpu, layout};
 use crate::syscall::Registers;
 use crate::trouble;
@@ -18,7 +19,7 @@ use crate::trouble;
 pub(crate) fn unknown_prctl(ctx: RawTracePointContext) -> i32 {
     if is_mark(ctx.arg(0)) {
         let owner = cgroup::of_current(cpu(), LANE_OTHER);
-        send(owner, ctx.arg(1), ctx.arg(2), ctx.arg(3));
+        send(&ctx, owner, ctx.arg(1), ctx.arg(2), ctx.arg(3));
     }
     0
 }
@@ -27,7 +28,7 @@ pub(crate) fn unknown_prctl(ctx: RawTracePointContext) -> i32 {
 #[kprobe]
 pub(crate) fn prctl(ctx: ProbeContext) -> u32 {
     if let Some(regs) = ctx.arg(0) {
-        on_prctl(Registers::Raw(regs), || cgroup::of_current(cpu(), LANE_OTHER));
+        on_prctl(&ctx, Registers::Raw(regs), || cgroup::of_current(cpu(), LANE_OTHER));
     }
     0
 }
@@ -40,7 +41,7 @@ fn is_mark(option: u64) -> bool {
 
 /// `prctl(MARK_OPTION, mark, handover, generation, 0)`
 #[inline(always)]
-pub(crate) fn on_prctl(regs: Registers, owner: impl FnOnce() -> Owner) {
+pub(crate) fn on_prctl(program: &impl EbpfContext, regs: Registers, owner: impl FnOnce() -> Owner) {
     if !regs.at(layout!(regs_arg[0])).is_some_and(is_mark) {
         return;
     }
@@ -51,10 +52,11 @@ pub(crate) fn on_prctl(regs: Registers, owner: impl FnOnce() -> Owner) {
         trouble::unread_mark(owner.cgroup);
         return;
     };
-    send(owner, mark, handover, generation);
+    send(program, owner, mark, handover, generation);
 }
 
 #[inline(always)]
-fn send(owner: Owner, mark: u64, handover: u64, generation: u64) {
-    emit(Class::Mark, owner, Context::Process, [(mark << 32) | (generation & 0xffff_ffff), handover]);
+fn send(program: &impl EbpfContext, owner: Owner, mark: u64, handover: u64, generation: u64) {
+    let args = [(mark << 32) | (generation & 0xffff_ffff), handover];
+    emit_urgent(program, Class::Mark, owner, Context::Process, args);
 }

@@ -5,7 +5,7 @@ use aya_ebpf::programs::RawTracePointContext;
 use warmswap_events::{ARG_MISSING, Class, LANE_OTHER, UID_UNKNOWN};
 
 use crate::cgroup;
-use crate::emit::{Context, emit};
+use crate::emit::{Context, emit_urgent};
 use crate::maps::{add_shared, counters, cpu, layout};
 use crate::read;
 
@@ -24,7 +24,7 @@ pub(crate) fn out_of_memory(ctx: RawTracePointContext) -> i32 {
     if let Some(counters) = counters(owner.slot, cpu) {
         add_shared!(counters, oom_kills, 1);
     }
-    emit(Class::Oom, owner, Context::User(uid), [u64::from(pid), 0]);
+    emit_urgent(&ctx, Class::Oom, owner, Context::User(uid), [u64::from(pid), 0]);
     0
 }
 

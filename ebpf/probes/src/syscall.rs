@@ -5,6 +5,7 @@
 //! attached only while somebody watched can read input, or for marks. The exit and not the entry, because only there the
 //! bytes are known. The numbers of 32-bit programs' calls are not understood.
 
+use aya_ebpf::EbpfContext;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use warmswap_events::{InputDevice, LANE_SYSCALL, OFFSET_MISSING, SYSCALL_TABLE, SyscallKind};
@@ -44,17 +45,17 @@ impl Registers {
 /// Registers are read without a helper, which is half of what this program costs.
 #[btf_tracepoint(function = "sys_exit")]
 pub(crate) fn system_call_typed(ctx: BtfTracePointContext) -> i32 {
-    handle(Registers::Typed(ctx.arg(0)), ctx.arg(1))
+    handle(&ctx, Registers::Typed(ctx.arg(0)), ctx.arg(1))
 }
 
 /// Where the kernel refuses the typed one.
 #[raw_tracepoint(tracepoint = "sys_exit")]
 pub(crate) fn system_call(ctx: RawTracePointContext) -> i32 {
-    handle(Registers::Raw(ctx.arg(0)), ctx.arg(1))
+    handle(&ctx, Registers::Raw(ctx.arg(0)), ctx.arg(1))
 }
 
 #[inline(always)]
-fn handle(regs: Registers, result: i64) -> i32 {
+fn handle(program: &impl EbpfContext, regs: Registers, result: i64) -> i32 {
     let kind = kind(regs);
     let reads = kind == READ || kind == READ_VECTOR;
     if !reads && kind != PRCTL {
@@ -64,7 +65,7 @@ fn handle(regs: Registers, result: i64) -> i32 {
     let owner = cgroup::of_current(cpu, LANE_SYSCALL);
     if kind == PRCTL {
         if marks_are_seen_here() {
-            mark::on_prctl(regs, || owner);
+            mark::on_prctl(program, regs, || owner);
         }
         return 0;
     }

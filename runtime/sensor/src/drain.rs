@@ -1,10 +1,9 @@
 //! The draining thread: from the rings to whoever subscribed.
 //!
 //! ```text
-//! urgent ring ──wakes──▶ ┐                       ┌▶ takers of marks
-//!                        ├ one thread, batches ──┤
-//! bulk ring ───timer───▶ ┤                       ├▶ subscribers (bounded queues; a full one loses, and counts it)
-//! log ring ────wakes───▶ ┘                       └▶ tracing
+//! urgent ring ──▶ crate::urgent ──wakes──▶ ┐                       ┌▶ subscribers (bounded queues; a full one loses, and
+//! bulk ring ─────────────────────timer───▶ ├ one thread, batches ──┤             counts it)
+//! log ring ──────────────────────wakes───▶ ┘                       └▶ tracing
 //! ```
 //!
 //! It runs with a low real-time priority where that is allowed, so that a busy host does not delay marks; what it does
@@ -14,11 +13,12 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use aya::maps::{MapData, PerfEventArray};
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use warmswap_events::{Class, Control, Record};
 
 use crate::account::Tally;
@@ -27,9 +27,10 @@ use crate::event::{Classes, Event, Mark, decode};
 use crate::mapped::MappedArray;
 use crate::probe_log::ProbeLog;
 use crate::ring::Ring;
+use crate::urgent::{Passed, Post, Urgent, Watchmen, lock};
 
 /// Records per batch, and so between two looks at the urgent ring.
-const BATCH_RECORDS: usize = 4096;
+pub(crate) const BATCH_RECORDS: usize = 4096;
 /// After a full batch of the bulk ring everybody else gets this long.
 const PAUSE: Duration = Duration::from_micros(100);
 
@@ -92,8 +93,10 @@ enum Command {
 
 /// The thread, seen from outside.
 pub(crate) struct Drain {
+    // Stopped first: they pass on to the thread.
+    watchmen: Watchmen,
     commands: Sender<Command>,
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     realtime: Arc<OnceLock<Result<i32, String>>>,
 }
@@ -101,16 +104,21 @@ pub(crate) struct Drain {
 /// What the thread reads.
 pub(crate) struct Sources {
     pub(crate) urgent: Ring,
+    /// By which the probes wake who waits on their CPU.
+    pub(crate) wakers: PerfEventArray<MapData>,
+    pub(crate) cpus: usize,
     pub(crate) bulk: Ring,
     pub(crate) log: Option<ProbeLog>,
 }
 
 struct Worker {
-    urgent: Ring,
+    urgent: Arc<Mutex<Urgent>>,
+    /// Records of the urgent ring that were read by others.
+    passed: Receiver<Passed>,
     bulk: Ring,
     log: Option<ProbeLog>,
     commands: Receiver<Command>,
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
     epoll: OwnedFd,
     control: Arc<MappedArray<Control>>,
     interval: Duration,
@@ -120,7 +128,6 @@ struct Worker {
 /// Who gets what.
 struct Router {
     subscribers: Vec<Subscriber>,
-    marks: Vec<MarkTaker>,
     tally: Arc<Tally>,
     unix_minus_monotonic_ns: u64,
 }
@@ -134,27 +141,28 @@ impl Drain {
         realtime_priority: Option<i32>,
     ) -> Result<Self, SensorError> {
         let failed = |source| SensorError::Thread { source };
-        let wake = event_fd().map_err(failed)?;
-        let Sources { urgent, bulk, log } = sources;
-        let mut wakers = vec![urgent.fd().as_raw_fd(), wake.as_raw_fd()];
-        wakers.extend(log.as_ref().map(ProbeLog::raw_fd));
-        let epoll = epoll_on(&wakers).map_err(failed)?;
+        let wake = Arc::new(event_fd().map_err(failed)?);
+        let Sources { urgent, wakers, cpus, bulk, log } = sources;
+        let urgent = Urgent::new(urgent, Arc::clone(&tally));
+        let mut wake_us = vec![urgent.raw_fd(), wake.as_raw_fd()];
+        wake_us.extend(log.as_ref().map(ProbeLog::raw_fd));
+        let epoll = epoll_on(&wake_us).map_err(failed)?;
         let (commands, receiver) = bounded(64);
+        let (pass, passed) = unbounded();
+        let urgent = Arc::new(Mutex::new(urgent));
+        let post = Post { urgent: Arc::clone(&urgent), passed: pass, wake: Arc::clone(&wake), realtime_priority };
+        let watchmen = Watchmen::start(wakers, cpus, &post).map_err(failed)?;
         let worker = Worker {
             urgent,
+            passed,
             bulk,
             log,
             commands: receiver,
-            wake: wake.try_clone().map_err(failed)?,
+            wake: Arc::clone(&wake),
             epoll,
             control,
             interval,
-            router: Router {
-                subscribers: Vec::new(),
-                marks: Vec::new(),
-                tally,
-                unix_minus_monotonic_ns: unix_minus_monotonic_ns(),
-            },
+            router: Router { subscribers: Vec::new(), tally, unix_minus_monotonic_ns: unix_minus_monotonic_ns() },
         };
         let realtime = Arc::new(OnceLock::new());
         let outcome = Arc::clone(&realtime);
@@ -169,7 +177,7 @@ impl Drain {
                 worker.run();
             })
             .map_err(failed)?;
-        Ok(Self { commands, wake, thread: Some(thread), realtime })
+        Ok(Self { watchmen, commands, wake, thread: Some(thread), realtime })
     }
 
     /// The priority the thread got, or why it has none; `None` until it has run.
@@ -178,15 +186,14 @@ impl Drain {
     }
 
     pub(crate) fn cpu_time(&self) -> Option<Duration> {
-        crate::cost::cpu_time(self.thread.as_ref()?.as_pthread_t())
+        let thread = crate::cost::cpu_time(self.thread.as_ref()?.as_pthread_t())?;
+        Some(thread + self.watchmen.cpu_time())
     }
 
     fn tell(&self, command: Command) {
         // Fails only when the thread is gone; then there is nothing to tell.
         if self.commands.send(command).is_ok() {
-            let one = 1u64.to_ne_bytes();
-            // SAFETY: writes 8 bytes from a live buffer to our own event descriptor.
-            unsafe { libc::write(self.wake.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+            tell(&self.wake);
         }
     }
 
@@ -231,7 +238,7 @@ impl Worker {
         loop {
             let timeout = self.bulk_wanted().then(|| self.interval.saturating_sub(bulk_at.elapsed()));
             self.wait(timeout);
-            self.urgent.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
+            self.drain_urgent();
             if bulk_at.elapsed() >= self.interval {
                 if self.router.forget_who_left() {
                     self.publish_wants();
@@ -268,12 +275,22 @@ impl Worker {
         unsafe { libc::read(self.wake.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
     }
 
+    /// What others have read of it, and what nobody has.
+    fn drain_urgent(&mut self) {
+        let router = &mut self.router;
+        lock(&self.urgent).drain(|(record, taken)| router.route_record(&record, &[], taken));
+        // After that: who had read something has passed it on before we had the ring.
+        while let Ok((record, taken)) = self.passed.try_recv() {
+            router.route_record(&record, &[], taken);
+        }
+    }
+
     /// Empties the bulk ring, with pauses and without making the urgent one wait.
     fn drain_bulk(&mut self) {
         // A ring refilled faster than it is read would hold us here; the next round comes soon enough.
         for _ in 0..64 {
             let records = self.bulk.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
-            self.urgent.drain(BATCH_RECORDS, |bytes| self.router.route(bytes));
+            self.drain_urgent();
             if records < BATCH_RECORDS {
                 return;
             }
@@ -289,9 +306,9 @@ impl Worker {
                     self.router.subscribers.push(subscriber);
                     self.publish_wants();
                 }
-                Command::Marks(taker) => self.router.marks.push(taker),
+                Command::Marks(taker) => lock(&self.urgent).add(taker),
                 Command::Flush(done) => {
-                    self.urgent.drain(usize::MAX, |bytes| self.router.route(bytes));
+                    self.drain_urgent();
                     self.drain_bulk();
                     self.pass_on_log();
                     // The asker may have gone.
@@ -320,21 +337,14 @@ impl Router {
             self.tally.count_malformed();
             return;
         };
-        let Some(class) = Class::from_number(record.class) else { return };
-        let marked = self.give_mark(&record);
-        let seen = self.give_event(class, &record, path);
-        self.tally.count(class, marked || seen);
+        self.route_record(&record, path, false);
     }
 
-    fn give_mark(&mut self, record: &Record) -> bool {
-        let Some(mark) = Mark::of(record) else { return false };
-        let mut given = false;
-        self.marks.retain_mut(|taker| {
-            let taken = taker(mark);
-            given |= taken == Taken::Yes;
-            taken != Taken::NoMore
-        });
-        given
+    /// `taken`: by somebody else already.
+    fn route_record(&mut self, record: &Record, path: &[u8], taken: bool) {
+        let Some(class) = Class::from_number(record.class) else { return };
+        let seen = self.give_event(class, record, path);
+        self.tally.count(class, taken || seen);
     }
 
     /// Whether anybody has. Not told by an event that cannot be given: where events are rare that would be late.
@@ -365,7 +375,7 @@ impl Router {
     }
 }
 
-fn event_fd() -> io::Result<OwnedFd> {
+pub(crate) fn event_fd() -> io::Result<OwnedFd> {
     // SAFETY: no pointers; the result is checked and then owned by nobody else.
     let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
     if fd < 0 {
@@ -373,6 +383,21 @@ fn event_fd() -> io::Result<OwnedFd> {
     }
     // SAFETY: a descriptor the kernel just gave us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Wakes who waits for an event descriptor.
+pub(crate) fn tell(event: &OwnedFd) {
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: writes 8 bytes from a live buffer to our own event descriptor.
+    unsafe { libc::write(event.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+}
+
+/// Waits for one of two, and says which can be read. Neither after a signal.
+pub(crate) fn poll(fds: [i32; 2]) -> [bool; 2] {
+    let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    // SAFETY: a live array of the length given.
+    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+    polled.map(|one| one.revents != 0)
 }
 
 fn epoll_on(fds: &[i32]) -> io::Result<OwnedFd> {
@@ -394,7 +419,7 @@ fn epoll_on(fds: &[i32]) -> io::Result<OwnedFd> {
 }
 
 /// Puts the calling thread under SCHED_FIFO, threads and processes it starts not.
-fn become_realtime(priority: i32) -> Result<(), String> {
+pub(crate) fn become_realtime(priority: i32) -> Result<(), String> {
     let parameters = libc::sched_param { sched_priority: priority };
     // SAFETY: a live structure; 0 is the calling thread.
     let result =

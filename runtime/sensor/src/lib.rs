@@ -29,6 +29,7 @@ mod ports;
 mod probe_log;
 mod readers;
 mod ring;
+mod urgent;
 mod walk;
 mod windows;
 
@@ -188,8 +189,11 @@ impl Sensor {
     /// # Errors
     /// When the thread or its descriptors cannot be had.
     pub fn start(&mut self) -> Result<()> {
-        let (Some(urgent), Some(bulk)) = (self.loaded.urgent.take(), self.loaded.bulk.take()) else { return Ok(()) };
-        let sources = Sources { urgent, bulk, log: self.loaded.log.take() };
+        let Loaded { urgent, wakers, bulk, log, cpus, .. } = &mut self.loaded;
+        let (Some(urgent), Some(wakers), Some(bulk)) = (urgent.take(), wakers.take(), bulk.take()) else {
+            return Ok(());
+        };
+        let sources = Sources { urgent, wakers, cpus: *cpus, bulk, log: log.take() };
         let control = Arc::clone(&self.loaded.control);
         let tally = Arc::clone(&self.tally);
         let config = &self.config;
@@ -213,8 +217,8 @@ impl Sensor {
         Ok(events)
     }
 
-    /// Handover marks from now on, of all cgroups, as soon as they are here: `taker` is called in the draining thread, at its
-    /// priority, and must not wait for anything. Every taker gets all of them.
+    /// Handover marks from now on, of all cgroups, as soon as they are here: `taker` is called in a thread of the CPU where the mark
+    /// was made, at the draining thread's priority, and must not wait for anything. Every taker gets all of them.
     ///
     /// # Errors
     /// As [`Self::start`].

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, PerfEventArray};
 use aya::programs::{FEntry, KProbe, Program, ProgramError, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
 use warmswap_events::{CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, global, map};
@@ -49,6 +49,7 @@ pub(crate) struct Loaded {
     pub(crate) watched: HashMap<MapData, u64, u32>,
     pub(crate) watched_block: HashMap<MapData, u64, u32>,
     pub(crate) urgent: Option<Ring>,
+    pub(crate) wakers: Option<PerfEventArray<MapData>>,
     pub(crate) bulk: Option<Ring>,
     /// Only when asked for.
     pub(crate) log: Option<ProbeLog>,
@@ -134,6 +135,7 @@ pub(crate) fn load(config: &SensorConfig) -> Result<Loaded, SensorError> {
         watched: hash(&mut object, map::WATCHED)?,
         watched_block: hash(&mut object, map::WATCHED_BLOCK)?,
         urgent: Some(ring(&mut object, map::RING_URGENT, RING_URGENT_BYTES)?),
+        wakers: Some(wakers(&mut object)?),
         bulk: Some(ring(&mut object, map::RING_BULK, config.bulk_ring_bytes)?),
         log: if log { Some(ProbeLog::of(&mut object)?) } else { None },
         object,
@@ -165,6 +167,12 @@ fn ring(object: &mut Ebpf, name: &'static str, bytes: u32) -> Result<Ring, Senso
 fn array(object: &mut Ebpf, name: &'static str) -> Result<Array<MapData, u64>, SensorError> {
     let map = object.take_map(name).ok_or(SensorError::MapMissing { name })?;
     Array::try_from(map).map_err(|source| SensorError::MapUpdate { name, source })
+}
+
+fn wakers(object: &mut Ebpf) -> Result<PerfEventArray<MapData>, SensorError> {
+    let name = map::WAKERS;
+    let map = object.take_map(name).ok_or(SensorError::MapMissing { name })?;
+    PerfEventArray::try_from(map).map_err(|source| SensorError::MapUpdate { name, source })
 }
 
 fn hash(object: &mut Ebpf, name: &'static str) -> Result<HashMap<MapData, u64, u32>, SensorError> {
