@@ -32,7 +32,7 @@ const LAST_MARK_TIME_MAX: Duration = Duration::from_secs(5);
 /// How the receiver runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Receiver {
-    /// Called by the draining thread, as whoever fills a queue is; the agent's queue, too.
+    /// Called in the sensor's thread of the CPU, as whoever fills a queue is; the agent's queue, too.
     Called,
     /// Another thread of ordinary priority, which reads a queue.
     Ordinary,

@@ -42,8 +42,6 @@ pub mod map {
     pub const CONTROL: &str = "CONTROL";
     /// `class` → [`crate::ClassAccount`].
     pub const ACCOUNT: &str = "ACCOUNT";
-    /// (cgroup, device queue) → next sector; private to the probes.
-    pub const BLOCK_NEXT: &str = "BLOCK_NEXT";
     /// `slot` → when the last request arrived; private to the probes.
     pub const ASKED: &str = "ASKED";
     /// (message, subject) → how often; private to the probes.
@@ -155,7 +153,7 @@ impl Class {
         }
     }
 
-    /// Urgent classes go through the ring that wakes the reader and are always sent.
+    /// Urgent classes go through a ring of their own, wake who reads it, and are always sent.
     #[must_use]
     pub const fn urgent(self) -> bool {
         matches!(self, Self::Oom | Self::Mark)

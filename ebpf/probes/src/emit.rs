@@ -150,7 +150,7 @@ pub(crate) fn emit(class: Class, owner: Owner, context: Context, args: [u64; 2])
     }
 }
 
-/// The same of an urgent class, and wakes who waits for it on this CPU; where nobody does, who waits for the ring. `program`: its
+/// The same of an urgent class, which nobody has to want, and wakes who waits for it on this CPU; where nobody does, who waits for the ring. `program`: its
 /// context.
 #[inline(always)]
 pub(crate) fn emit_urgent(program: &impl EbpfContext, class: Class, owner: Owner, context: Context, args: [u64; 2]) {

@@ -42,9 +42,9 @@ pub(crate) static WATCHED_BLOCK: HashMap<u64, u32> = HashMap::with_max_entries(2
 #[map]
 pub(crate) static PORTS: Array<u64> = Array::with_max_entries(2, 0);
 
-/// Process or thread id → what is known of the task. About 4 MiB.
+/// Task (the address of its struct) → what is known of it. About 4 MiB.
 #[map]
-pub(crate) static TASKS: HashMap<u32, Task> = HashMap::with_max_entries(1 << 15, 0);
+pub(crate) static TASKS: HashMap<u64, Task> = HashMap::with_max_entries(1 << 15, 0);
 
 /// TCP socket (the address of its struct) → what is known of its connection. About 6 MiB.
 #[map]

@@ -12,8 +12,8 @@
 //!
 //! Latency needs no knowledge of the protocol: on a connection that was accepted, the first segment with payload that
 //! arrives starts a request, and the first with payload that leaves answers it. With pipelining this is the time to the first
-//! answer of the batch. When the answer left the kernel has kept for itself; whatever arrives next, the acknowledgement at the
-//! latest, is when it is read. What a service asks of others is left out.
+//! answer of the batch. When the answer left the kernel has kept for itself; it is read when something arrives next, the
+//! acknowledgement at the latest, or when the connection is closed. What a service asks of others is left out.
 //!
 //! A segment is looked at without calling anything, as far as that goes: of a host that guards its returns every call is dear. So
 //! those of clients are told by their port, and requests wait in places by the number of their socket, four in a row.
@@ -48,7 +48,7 @@ const MODE_SOCKET: u16 = 0o140_000;
 #[derive(Clone, Copy)]
 pub(crate) struct Connection {
     slot: u32,
-    /// 0 for a client's, whose port is not among those in `SERVED`.
+    /// Its port, which is among those in `SERVED`; 0 for a client's. As it ends its socket has forgotten it.
     served: u32,
     charged: Carried,
 }
@@ -234,58 +234,82 @@ fn header_length(skb: Struct) -> u32 {
 /// A connection is being made: by whom it is asked for, or with whoever asked.
 #[inline(always)]
 pub(crate) fn begins(sock: u64, slot: u32, as_client: bool) {
-    let connection = Connection { slot, served: u32::from(!as_client), charged: Carried::default() };
-    begin(sock, &connection, 0);
+    // What is there is of one that ended unseen.
+    forget(sock);
+    let served = if as_client { 0 } else { local_port(sock) };
+    begin(sock, &Connection { slot, served, charged: Carried::default() });
 }
 
 #[inline(always)]
-fn begin(sock: u64, connection: &Connection, flags: u64) {
+fn local_port(sock: u64) -> u32 {
+    read::at::<u16>(sock, layout!(sock_port_local)).unwrap_or_default().into()
+}
+
+/// Unless it is there.
+#[inline(always)]
+fn begin(sock: u64, connection: &Connection) {
     const EXISTS: i32 = -17;
-    match CONNECTIONS.insert(&sock, connection, flags) {
-        Ok(()) => serve(sock, connection, 1),
+    match CONNECTIONS.insert(&sock, connection, BPF_NOEXIST.into()) {
+        Ok(()) => serve(connection.served, 1),
         Err(EXISTS) => {}
         Err(_) => trouble::unmeasured_connection(u64::from(connection.slot)),
     }
 }
 
-/// One more connection of its port is served, or one less.
+/// One more connection of a port is served, or one less.
 #[inline(always)]
-fn serve(sock: u64, connection: &Connection, more: u64) {
-    if connection.served != 0
-        && let Some(port) = read::at::<u16>(sock, layout!(sock_port_local))
-        && let Some(served) = SERVED.get_ptr_mut(u32::from(port))
+fn serve(port: u32, more: u64) {
+    if port != 0
+        && let Some(served) = SERVED.get_ptr_mut(port)
     {
         add_atomic(served, more);
     }
 }
 
+/// Nothing more will be sent on the connection: what was sent answers what was asked.
+#[inline(always)]
+pub(crate) fn closes(sock: u64, slot: u32) {
+    let Some(place) = waiting(sock) else { return };
+    // SAFETY: the lookup succeeded; the kernel has locked the socket.
+    let place = unsafe { &mut *place };
+    if place.slot == slot && read::at(sock, layout!(tcp_sent_next)) != Some(place.next) {
+        answered(slot, place.since_ns, Struct::Raw(sock));
+    }
+    place.sock = 0;
+}
+
+/// The request on this connection that waits for its answer.
+#[inline(always)]
+fn waiting(sock: u64) -> Option<*mut Request> {
+    let places = places(read::at(sock, layout!(sock_hash))?)?;
+    // SAFETY: the lookup succeeded.
+    let places = unsafe { &mut (*places).0 };
+    places.iter_mut().find(|place| place.sock == sock).map(|place| &raw mut *place)
+}
+
 /// The connection has ended; its socket still knows what it carried.
 #[inline(always)]
 pub(crate) fn ends(sock: u64, cpu: u32) {
+    if let Some(place) = waiting(sock) {
+        // SAFETY: the lookup succeeded.
+        unsafe { (*place).sock = 0 };
+    }
     if let Some(connection) = CONNECTIONS.get_ptr_mut(&sock) {
         // SAFETY: the lookup succeeded.
-        let connection = unsafe { &mut *connection };
-        charge(connection, sock, cpu);
-        forget(sock, connection);
+        charge(unsafe { &mut *connection }, sock, cpu);
+        forget(sock);
     }
 }
 
 #[inline(always)]
-fn forget(sock: u64, connection: &Connection) {
-    serve(sock, connection, u64::MAX);
-    if connection.served != 0
-        && let Some(hash) = read::at(sock, layout!(sock_hash))
-        && let Some(places) = places(hash)
-    {
-        // SAFETY: the lookup succeeded.
-        for place in unsafe { &mut (*places).0 } {
-            if place.sock == sock {
-                place.sock = 0;
-            }
-        }
+fn forget(sock: u64) {
+    let Some(connection) = CONNECTIONS.get_ptr(&sock) else { return };
+    // SAFETY: the lookup succeeded.
+    let port = unsafe { (*connection).served };
+    // Of two that forget it at once one is late.
+    if CONNECTIONS.remove(&sock).is_ok() {
+        serve(port, u64::MAX);
     }
-    // Fails only when it is not there.
-    let _ = CONNECTIONS.remove(&sock);
 }
 
 /// What the kernel passes for each open file of each task, and once more with none at the end.
@@ -308,8 +332,11 @@ pub(crate) extern "C" fn adopt(each: *mut EachFile) -> i32 {
     {
         let slot = cgroup::of_any_sock(cpu(), sock);
         if slot != 0 {
-            let connection = Connection { slot, served: 1, charged: Carried::of(sock) };
-            begin(sock, &connection, BPF_NOEXIST.into());
+            begin(sock, &Connection { slot, served: local_port(sock), charged: Carried::of(sock) });
+            if state(sock) != Some(STATE_ESTABLISHED) {
+                // It has ended meanwhile, perhaps before there was anything to forget.
+                forget(sock);
+            }
         }
     }
     0
@@ -325,7 +352,12 @@ fn established(file: u64) -> Option<u64> {
     let sock = read::pointer(read::pointer(file, layout!(file_private))?, layout!(socket_sock))?;
     let is_tcp = read::at(sock, layout!(sock_protocol)) == Some(PROTOCOL_TCP)
         && read::at(sock, layout!(sock_family)).is_some_and(|family: u16| family == FAMILY_V4 || family == FAMILY_V6);
-    (is_tcp && read::at(sock, layout!(sock_state)) == Some(STATE_ESTABLISHED)).then_some(sock)
+    (is_tcp && state(sock) == Some(STATE_ESTABLISHED)).then_some(sock)
+}
+
+#[inline(always)]
+fn state(sock: u64) -> Option<u8> {
+    read::at(sock, layout!(sock_state))
 }
 
 /// What the kernel passes for each entry of a map, and once more with none at the end.
@@ -352,7 +384,7 @@ pub(crate) extern "C" fn sweep(each: *mut EachEntry) -> i32 {
     // Somebody else may be watched by now.
     let slot = cgroup::of_any_sock(cpu, sock);
     if slot == 0 {
-        forget(sock, connection);
+        forget(sock);
     } else {
         connection.slot = slot;
     }
@@ -364,7 +396,12 @@ pub(crate) extern "C" fn sweep(each: *mut EachEntry) -> i32 {
 #[inline(always)]
 fn charge(connection: &mut Connection, sock: u64, cpu: u32) {
     let now = Carried::of(sock);
-    let before = core::mem::replace(&mut connection.charged, now);
+    let before = connection.charged;
+    if (now.segments_in.wrapping_sub(before.segments_in) as i32) < 0 {
+        // Who looked later was faster.
+        return;
+    }
+    connection.charged = now;
     let Some(counters) = counters(connection.slot, cpu) else { return };
     // The kernel keeps eight times the value.
     if now.segments_in != before.segments_in
@@ -376,5 +413,6 @@ fn charge(connection: &mut Connection, sock: u64, cpu: u32) {
     add_shared!(counters, rx_bytes, now.bytes_received.saturating_sub(before.bytes_received));
     add_shared!(counters, tx_bytes, now.bytes_sent.saturating_sub(before.bytes_sent));
     add_shared!(counters, rx_packets, u64::from(now.segments_in.wrapping_sub(before.segments_in)));
-    add_shared!(counters, tx_packets, u64::from(now.segments_out.wrapping_sub(before.segments_out)));
+    let sent = now.segments_out.wrapping_sub(before.segments_out);
+    add_shared!(counters, tx_packets, if (sent as i32) < 0 { 0 } else { u64::from(sent) });
 }

@@ -3,24 +3,25 @@
 //!
 //! ```text
 //!  sensor wants a window    walk    every task ┐
-//!  a task moves             moved        it    ├ its counters now − TASKS[pid] ─▶ COUNTERS
+//!  a task moves             moved        it    ├ its counters now − TASKS[task] ─▶ COUNTERS
 //!  a task begins to end     ends         it    │
 //!  a task is gone           gone         it    ┘ the time that it ran meanwhile
 //! ```
 //!
 //! A task that is not in `TASKS` was born since the last walk, with counters of zero; or it was somewhere else before, or there
-//! before anybody watched: then it counts from now on. One that is born and ends between two walks is never in it.
+//! before anybody watched: then it counts from now on. One that is born and ends between two walks is never in it. Tasks are told
+//! apart by their address: a thread that starts a program takes the number and the birthday of its process.
 
 use core::ffi::c_void;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use warmswap_events::OFFSET_MISSING;
 
 use crate::maps::{SINCE, TASKS, add_shared, counters, cpu, layout};
-use crate::read::typed;
+use crate::read::{typed, typed_pointer};
 use crate::{cgroup, trouble};
 
 /// What a task has counted. Of some the lower half, where that is all that is kept.
@@ -40,8 +41,6 @@ pub(crate) struct Counted {
 /// A task of a watched cgroup.
 #[repr(C)]
 pub(crate) struct Task {
-    /// Tells it from another one with its number.
-    born_ns: u64,
     /// When it came from another cgroup, 0 when it did not.
     moved_ns: u64,
     /// Whose it was, as what it had counted was charged, and since when that one is watched.
@@ -50,11 +49,11 @@ pub(crate) struct Task {
     charged: Counted,
 }
 
-/// Most of what a task may have done it has not.
+/// Most of what a task may have done it has not. Two that look at once may be out of order: then nothing was added.
 macro_rules! add_since {
-    ($counters:expr, $field:ident, $before:expr, $now:expr) => {
+    ($counters:expr, $field:ident, $before:expr, $now:expr, $signed:ty) => {
         let more = $now.wrapping_sub($before);
-        if more != 0 {
+        if more as $signed > 0 {
             add_shared!($counters, $field, u64::from(more));
         }
     };
@@ -113,53 +112,46 @@ pub(crate) fn task_ends(ctx: BtfTracePointContext) -> i32 {
 pub(crate) fn task_gone(ctx: BtfTracePointContext) -> i32 {
     let task: u64 = ctx.arg(0);
     let cpu = cpu();
-    let pid = typed::<u32>(task, layout!(task_pid));
-    let born_ns: u64 = typed(task, layout!(task_start_time));
-    let (slot, run_ns, run_delay_ns) = match TASKS.get_ptr(&pid) {
+    let key = task;
+    let (slot, run_ns, run_delay_ns) = if let Some(known) = TASKS.get_ptr(&key) {
         // SAFETY: the lookup succeeded.
-        Some(known) if unsafe { (*known).born_ns } == born_ns => {
-            // SAFETY: as above.
-            let known = unsafe { &*known };
-            let slot = known.slot as u32;
-            let before = (
-                if known.since_ns == since(slot) { slot } else { 0 },
-                known.charged.run_ns,
-                known.charged.run_delay_ns,
-            );
-            // Fails only when it is not there.
-            let _ = TASKS.remove(&pid);
-            before
-        }
-        _ => {
-            let slot = cgroup::of_any_task(cpu, task);
-            (if slot != 0 && born_here(task, pid, slot, born_ns) { slot } else { 0 }, 0, 0)
-        }
+        let known = unsafe { &*known };
+        let slot = known.slot as u32;
+        let slot = if known.since_ns == since(slot) { slot } else { 0 };
+        let before = (slot, known.charged.run_ns, known.charged.run_delay_ns);
+        // Fails only when it is not there.
+        let _ = TASKS.remove(&key);
+        before
+    } else {
+        let slot = cgroup::of_any_task(cpu, task);
+        (if slot != 0 && born_here(task, slot) { slot } else { 0 }, 0, 0)
     };
     if let Some(counters) = counters(slot, cpu) {
-        add_since!(counters, run_ns, run_ns, count(task, layout!(task_run_time)));
-        add_since!(counters, run_delay_ns, run_delay_ns, count(task, layout!(task_run_delay)));
+        add_since!(counters, run_ns, run_ns, count(task, layout!(task_run_time)), i64);
+        add_since!(counters, run_delay_ns, run_delay_ns, count(task, layout!(task_run_delay)), i64);
     }
     0
 }
 
 #[inline(always)]
 fn look_at(task: u64, occasion: Occasion) {
-    let pid = typed::<u32>(task, layout!(task_pid));
     let cpu = cpu();
     let slot = cgroup::of_any_task(cpu, task);
-    let known = TASKS.get_ptr_mut(&pid);
+    // A copy: to the verifier a pointer that lies where a helper has read is a number from then on.
+    let key = task;
+    let known = TASKS.get_ptr_mut(&key);
     if slot == 0 && known.is_none() {
         return;
     }
-    let born_ns: u64 = typed(task, layout!(task_start_time));
     let now = counted(task);
-    if let Some(known) = known
-        // SAFETY: the lookup succeeded.
-        && unsafe { (*known).born_ns } == born_ns
-    {
-        // SAFETY: as above. Two that look at one task at once, as it moves or ends, may charge a moment of it twice.
+    if let Some(known) = known {
+        // SAFETY: the lookup succeeded. Two that look at one task at once, as it moves or ends, may charge a moment of it twice.
         let (whose, since_ns, before) = unsafe {
             let before = ((*known).slot as u32, (*known).since_ns, (*known).charged);
+            if (now.run_ns.wrapping_sub(before.2.run_ns) as i64) < 0 {
+                // Somebody who looked later was faster.
+                return;
+            }
             (*known).charged = now;
             (*known).slot = u64::from(slot);
             (*known).since_ns = since(slot);
@@ -174,11 +166,11 @@ fn look_at(task: u64, occasion: Occasion) {
         }
         if slot == 0 {
             // Fails only when it is not there.
-            let _ = TASKS.remove(&pid);
+            let _ = TASKS.remove(&key);
         }
         return;
     }
-    let born_here = occasion != Occasion::Moved && born_here(task, pid, slot, born_ns);
+    let born_here = occasion != Occasion::Moved && born_here(task, slot);
     if occasion == Occasion::Ends {
         if born_here {
             // How long it ran is known when it is gone.
@@ -189,12 +181,12 @@ fn look_at(task: u64, occasion: Occasion) {
     }
     // SAFETY: the helper has no preconditions.
     let moved_ns = if occasion == Occasion::Moved { unsafe { bpf_ktime_get_ns() } } else { 0 };
-    let entry = Task { born_ns, moved_ns, slot: u64::from(slot), since_ns: since(slot), charged: now };
+    let entry = Task { moved_ns, slot: u64::from(slot), since_ns: since(slot), charged: now };
     // Of two that look at it at once for the first time one is late.
-    match TASKS.insert(&pid, &entry, if known.is_some() { BPF_ANY } else { BPF_NOEXIST }.into()) {
+    match TASKS.insert(&key, &entry, BPF_NOEXIST.into()) {
         Ok(()) if born_here => charge(slot, cpu, &Counted::default(), &now),
         Ok(()) | Err(EXISTS) => {}
-        Err(_) => trouble::uncounted_task(u64::from(pid)),
+        Err(_) => trouble::uncounted_task(typed::<u32>(task, layout!(task_pid)).into()),
     }
 }
 
@@ -207,14 +199,15 @@ fn since(slot: u32) -> u64 {
 
 /// Whether all that a task has counted was counted while it belonged to the slot.
 #[inline(always)]
-fn born_here(task: u64, pid: u32, slot: u32, born_ns: u64) -> bool {
+fn born_here(task: u64, slot: u32) -> bool {
+    let born_ns: u64 = typed(task, layout!(task_start_time));
     if born_ns < since(slot) {
         return false;
     }
     // Or its process has moved, with it: of which threads the kernel does not say.
-    let process: u32 = typed(task, layout!(task_tgid));
+    let Some(process) = typed_pointer(task, layout!(task_leader)) else { return true };
     // SAFETY: the lookup succeeded.
-    process == pid || TASKS.get_ptr(&process).is_none_or(|process| unsafe { (*process).moved_ns } < born_ns)
+    TASKS.get_ptr(&process).is_none_or(|process| unsafe { (*process).moved_ns } < born_ns)
 }
 
 #[inline(always)]
@@ -240,13 +233,13 @@ fn count(task: u64, offset: u32) -> u64 {
 #[inline(always)]
 fn charge(slot: u32, cpu: u32, before: &Counted, now: &Counted) {
     let Some(counters) = counters(slot, cpu) else { return };
-    add_since!(counters, run_ns, before.run_ns, now.run_ns);
-    add_since!(counters, run_delay_ns, before.run_delay_ns, now.run_delay_ns);
-    add_since!(counters, read_bytes, before.read_bytes, now.read_bytes);
-    add_since!(counters, write_bytes, before.write_bytes, now.write_bytes);
-    add_since!(counters, reads, before.reads, now.reads);
-    add_since!(counters, writes, before.writes, now.writes);
-    add_since!(counters, page_faults, before.minor_faults, now.minor_faults);
-    add_since!(counters, page_faults, before.major_faults, now.major_faults);
-    add_since!(counters, major_faults, before.major_faults, now.major_faults);
+    add_since!(counters, run_ns, before.run_ns, now.run_ns, i64);
+    add_since!(counters, run_delay_ns, before.run_delay_ns, now.run_delay_ns, i64);
+    add_since!(counters, read_bytes, before.read_bytes, now.read_bytes, i64);
+    add_since!(counters, write_bytes, before.write_bytes, now.write_bytes, i64);
+    add_since!(counters, reads, before.reads, now.reads, i32);
+    add_since!(counters, writes, before.writes, now.writes, i32);
+    add_since!(counters, page_faults, before.minor_faults, now.minor_faults, i32);
+    add_since!(counters, page_faults, before.major_faults, now.major_faults, i32);
+    add_since!(counters, major_faults, before.major_faults, now.major_faults, i32);
 }

@@ -13,8 +13,11 @@ const PROTOCOL_TCP: u16 = 6;
 const ESTABLISHED: u32 = 1;
 const SYN_SENT: u32 = 2;
 const SYN_RECV: u32 = 3;
+const FIN_WAIT_1: u32 = 4;
 const TIME_WAIT: u32 = 6;
 const CLOSE: u32 = 7;
+const CLOSE_WAIT: u32 = 8;
+const LAST_ACK: u32 = 9;
 const LISTEN: u32 = 10;
 const NEW_SYN_RECV: u32 = 12;
 
@@ -22,7 +25,7 @@ const NEW_SYN_RECV: u32 = 12;
 pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
     let (old, new) = (ctx.arg::<u32>(1), ctx.arg::<u32>(2));
     // Other states are only told.
-    if !matches!(new, ESTABLISHED | SYN_SENT | CLOSE) && !subscribed(Class::Tcp) {
+    if !matches!(new, ESTABLISHED | SYN_SENT | FIN_WAIT_1 | LAST_ACK | CLOSE) && !subscribed(Class::Tcp) {
         return 0;
     }
     let sock: u64 = ctx.arg(0);
@@ -31,6 +34,10 @@ pub(crate) fn tcp_state(ctx: RawTracePointContext) -> i32 {
     }
     let cpu = cpu();
     let owner = cgroup::of_sock(cpu, sock);
+    // Before the end of what is sent takes a number of its own.
+    if matches!((old, new), (_, FIN_WAIT_1 | LAST_ACK) | (ESTABLISHED | CLOSE_WAIT, CLOSE)) {
+        network::closes(sock, owner.slot);
+    }
     if new == CLOSE && old != LISTEN {
         network::ends(sock, cpu);
     }

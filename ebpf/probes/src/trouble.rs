@@ -71,8 +71,8 @@ messages! {
         "no entry for a disk of slot {}: a sequential request may count as random ({} times so far)";
     7 unread_mark(cgroup): "the arguments of a handover mark from cgroup {} cannot be read ({} times so far)";
     8 unread_fork(parent): "the child of process {} cannot be read: it is not counted ({} times so far)";
-    10 unmeasured_request(slot): "no place for a request to slot {}: its latency is not measured ({} times so far)";
     9 unread_block(slot): "a block request of slot {} cannot be read: it is not counted ({} times so far)";
+    10 unmeasured_request(slot): "no place for a request to slot {}: its latency is not measured ({} times so far)";
 }
 
 /// A record found its ring full.

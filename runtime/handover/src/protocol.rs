@@ -29,7 +29,7 @@ use crate::member::{Member, Role};
 use crate::moved::{incompatible, little_between};
 use crate::notify::FdStore;
 use crate::ports::Ports;
-use crate::priority::Urgent;
+use crate::priority::{Hastened, Urgent};
 use crate::steps::Step;
 use crate::supervisor::{Notice, OWNED_TIME_MAX, Stop, Supervisor};
 use crate::way_back::HAND_BACK_TIME_MAX;
@@ -397,6 +397,8 @@ impl Supervisor {
     ) -> Result<SwitchTimes, SwitchError> {
         let handover = attempt.handover;
         let budget_us = u64::try_from(budget.as_micros()).unwrap_or(u64::MAX);
+        let speakers = [from, to].map(|who| self.members.get(&who).and_then(|member| member.speaker));
+        let _hastened = Hastened::processes(speakers.into_iter().flatten());
         let _urgent = Urgent::raise();
         let told = Instant::now();
         let before = |stop| SwitchError::Before { began: told, stop };

@@ -70,11 +70,11 @@ pub struct FeatureWindow {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Durations {
-    /// From the arrival of a request's first packet to the first packet of its answer.
+    /// From the arrival of a request's first segment to the first segment of its answer.
     pub request_latency: LatencyHistogram,
     /// From the arrival of a request to that of the next one, over all connections.
     pub request_gap: LatencyHistogram,
-    /// TCP's smoothed round-trip time, one value per request answered.
+    /// TCP's smoothed round-trip time, one value per connection that has carried something, and one as it ends.
     pub round_trip: LatencyHistogram,
     /// From the making of a block request to its completion.
     pub block_latency: LatencyHistogram,

@@ -66,7 +66,7 @@ impl Losses {
     }
 }
 
-/// User space's side, written by the draining thread alone.
+/// User space's side, written by the threads that read the rings.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     consumed: [AtomicU64; CLASSES],

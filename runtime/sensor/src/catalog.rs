@@ -245,6 +245,48 @@ pub(crate) const PROBES: &[Probe] = &[
         },
     },
     Probe {
+        name: "udp-in",
+        program: |_| "datagram_in",
+        typed: None,
+        class: "network",
+        hook: Hook::Function("__udp_enqueue_schedule_skb"),
+        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
+    },
+    Probe {
+        name: "udp-out-v4",
+        program: |_| "datagram_out_v4",
+        typed: None,
+        class: "network",
+        hook: Hook::Function("ip_send_skb"),
+        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
+    },
+    Probe {
+        name: "udp-out-v6",
+        program: |_| "datagram_out_v6",
+        typed: None,
+        class: "network",
+        hook: Hook::Function("ip6_send_skb"),
+        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
+    },
+    Probe {
+        name: "tcp-state",
+        program: |_| "tcp_state",
+        typed: None,
+        class: "network",
+        hook: Hook::Tracepoint("inet_sock_set_state"),
+        needs: |l| {
+            with(cgroup_of_sock(l), vec![Need::argument("the socket of inet_sock_set_state", l.arg_state_sock, &[0])])
+        },
+    },
+    Probe {
+        name: "accepts",
+        program: |_| "tcp_state",
+        typed: None,
+        class: "network",
+        hook: Hook::PartOf("tcp-state"),
+        needs: none,
+    },
+    Probe {
         name: "tcp-traffic",
         program: |_| "sweep",
         typed: None,
@@ -287,48 +329,6 @@ pub(crate) const PROBES: &[Probe] = &[
             ];
             with(cgroup_of_sock(l), of_segment)
         },
-    },
-    Probe {
-        name: "udp-in",
-        program: |_| "datagram_in",
-        typed: None,
-        class: "network",
-        hook: Hook::Function("__udp_enqueue_schedule_skb"),
-        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
-    },
-    Probe {
-        name: "udp-out-v4",
-        program: |_| "datagram_out_v4",
-        typed: None,
-        class: "network",
-        hook: Hook::Function("ip_send_skb"),
-        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
-    },
-    Probe {
-        name: "udp-out-v6",
-        program: |_| "datagram_out_v6",
-        typed: None,
-        class: "network",
-        hook: Hook::Function("ip6_send_skb"),
-        needs: |l| with(cgroup_of_sock(l), of_datagram(l)),
-    },
-    Probe {
-        name: "tcp-state",
-        program: |_| "tcp_state",
-        typed: None,
-        class: "network",
-        hook: Hook::Tracepoint("inet_sock_set_state"),
-        needs: |l| {
-            with(cgroup_of_sock(l), vec![Need::argument("the socket of inet_sock_set_state", l.arg_state_sock, &[0])])
-        },
-    },
-    Probe {
-        name: "accepts",
-        program: |_| "tcp_state",
-        typed: None,
-        class: "network",
-        hook: Hook::PartOf("tcp-state"),
-        needs: none,
     },
     Probe {
         name: "tcp-resets-sent",

@@ -6,7 +6,7 @@
 //! log ring ──────────────────────wakes───▶ ┘                       └▶ tracing
 //! ```
 //!
-//! It runs with a low real-time priority where that is allowed, so that a busy host does not delay marks; what it does
+//! It runs with a low real-time priority where that is allowed, so that a busy host does not delay it; what it does
 //! per wake-up is bounded and followed by a pause, so that a flood of events cannot take the CPU from everybody else.
 
 use std::io;
@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, PerfEventArray};
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use warmswap_events::{Class, Control, Record};
 
 use crate::account::Tally;
@@ -31,6 +31,8 @@ use crate::urgent::{Passed, Post, Urgent, Watchmen, lock};
 
 /// Records per batch, and so between two looks at the urgent ring.
 pub(crate) const BATCH_RECORDS: usize = 4096;
+/// Urgent records that may wait for the draining thread after others have read them.
+const PASSED_MAX: usize = 4096;
 /// After a full batch of the bulk ring everybody else gets this long.
 const PAUSE: Duration = Duration::from_micros(100);
 
@@ -93,8 +95,8 @@ enum Command {
 
 /// The thread, seen from outside.
 pub(crate) struct Drain {
-    // Stopped first: they pass on to the thread.
-    watchmen: Watchmen,
+    /// `None` once they are stopped.
+    watchmen: Option<Watchmen>,
     commands: Sender<Command>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
@@ -148,7 +150,7 @@ impl Drain {
         wake_us.extend(log.as_ref().map(ProbeLog::raw_fd));
         let epoll = epoll_on(&wake_us).map_err(failed)?;
         let (commands, receiver) = bounded(64);
-        let (pass, passed) = unbounded();
+        let (pass, passed) = bounded(PASSED_MAX);
         let urgent = Arc::new(Mutex::new(urgent));
         let post = Post { urgent: Arc::clone(&urgent), passed: pass, wake: Arc::clone(&wake), realtime_priority };
         let watchmen = Watchmen::start(wakers, cpus, &post).map_err(failed)?;
@@ -177,7 +179,7 @@ impl Drain {
                 worker.run();
             })
             .map_err(failed)?;
-        Ok(Self { watchmen, commands, wake, thread: Some(thread), realtime })
+        Ok(Self { watchmen: Some(watchmen), commands, wake, thread: Some(thread), realtime })
     }
 
     /// The priority the thread got, or why it has none; `None` until it has run.
@@ -187,7 +189,7 @@ impl Drain {
 
     pub(crate) fn cpu_time(&self) -> Option<Duration> {
         let thread = crate::cost::cpu_time(self.thread.as_ref()?.as_pthread_t())?;
-        Some(thread + self.watchmen.cpu_time())
+        Some(thread + self.watchmen.as_ref()?.cpu_time())
     }
 
     fn tell(&self, command: Command) {
@@ -223,6 +225,8 @@ impl Drain {
 
 impl Drop for Drain {
     fn drop(&mut self) {
+        // First: what they pass on the thread still takes.
+        self.watchmen = None;
         self.tell(Command::Stop);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -280,7 +284,7 @@ impl Worker {
         let router = &mut self.router;
         lock(&self.urgent).drain(|(record, taken)| router.route_record(&record, &[], taken));
         // After that: who had read something has passed it on before we had the ring.
-        while let Ok((record, taken)) = self.passed.try_recv() {
+        for (record, taken) in self.passed.try_iter().take(PASSED_MAX) {
             router.route_record(&record, &[], taken);
         }
     }
@@ -392,12 +396,16 @@ pub(crate) fn tell(event: &OwnedFd) {
     unsafe { libc::write(event.as_raw_fd(), one.as_ptr().cast(), one.len()) };
 }
 
-/// Waits for one of two, and says which can be read. Neither after a signal.
-pub(crate) fn poll(fds: [i32; 2]) -> [bool; 2] {
+/// Waits for an event, or to be stopped, and says which it was. Neither after a signal.
+pub(crate) fn wait_for(event: i32, stop: i32) -> [bool; 2] {
+    let fds = [event, stop];
     let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     // SAFETY: a live array of the length given.
     unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
-    polled.map(|one| one.revents != 0)
+    let [first, second] = polled;
+    // What is broken can be waited for no more.
+    let broken = (first.revents | second.revents) & !libc::POLLIN != 0;
+    [first.revents & libc::POLLIN != 0, second.revents != 0 || broken]
 }
 
 fn epoll_on(fds: &[i32]) -> io::Result<OwnedFd> {

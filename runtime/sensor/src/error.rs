@@ -51,7 +51,7 @@ pub enum SensorError {
         #[source]
         source: std::io::Error,
     },
-    #[error("cannot start the draining thread")]
+    #[error("cannot start the threads that read events")]
     Thread {
         #[source]
         source: std::io::Error,

@@ -21,6 +21,7 @@ pub(crate) fn layout_of(btf: &Btf) -> Layout {
         mm_arg_start: field("mm_struct", "arg_start"),
         task_start_time: field("task_struct", "start_time"),
         task_flags: field("task_struct", "flags"),
+        task_leader: field("task_struct", "group_leader"),
         task_run_time: field("task_struct", "se.sum_exec_runtime"),
         task_run_delay: field("task_struct", "sched_info.run_delay"),
         task_minor_faults: field("task_struct", "min_flt"),

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! probes ──counters, mapped──▶ windows()
-//!        ──urgent ring──▶ ┐
-//!        ──bulk ring────▶ ┴ draining thread ──▶ marks(), subscribe()
+//!        ──urgent ring──▶ a thread of each CPU ──▶ marks()
+//!        ──bulk ring────▶ draining thread ───────▶ subscribe()
 //! ```
 //!
 //! A *watched* cgroup has a slot in the counters and yields windows; what happens in cgroups below it belongs to it,
@@ -78,7 +78,7 @@ pub struct SensorConfig {
     pub bulk_ring_bytes: u32,
     /// How often the bulk ring is read.
     pub drain_interval: Duration,
-    /// SCHED_FIFO priority (1 to 99) of the draining thread; `None` for ordinary priority.
+    /// SCHED_FIFO priority (1 to 99) of the threads that read events; `None` for ordinary priority.
     pub realtime_priority: Option<i32>,
     /// Names of probes to leave off, as [`Sensor::probes`] lists them.
     pub disabled: Vec<String>,

@@ -217,6 +217,9 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
             _ if wanted.disabled.iter().any(|name| name == probe.name) => {
                 Err("switched off by the configuration".to_owned())
             }
+            _ if let Some(on) = depends_on(probe.name).filter(|on| !is_on(&done, on)) => {
+                Err(format!("{on}, which it depends on, is off"))
+            }
             _ if attach_typed(object, kernel, probe) => Ok(format!("{}, typed", hook_name(probe.hook))),
             Hook::WhileInputIsRead => attach_input(object, kernel, probe, &mut at_exit),
             Hook::Marks => attach_marks(object, kernel, &mut at_exit),
@@ -243,6 +246,10 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
         });
     }
     Attached { probes: done, at_exit, walks, adopt }
+}
+
+fn is_on(done: &[ProbeStatus], probe: &str) -> bool {
+    done.iter().any(|status| status.name == probe && status.attached)
 }
 
 fn hook_name(hook: Hook) -> String {
@@ -337,10 +344,10 @@ fn attach_walk(
     over: &str,
     map: Option<&str>,
 ) -> Result<Walk, String> {
-    let map = map.and_then(|name| match object.map(name) {
-        Some(Map::HashMap(data)) => data.fd().as_fd().try_clone_to_owned().ok(),
+    let map = match map.and_then(|name| object.map(name)) {
+        Some(Map::HashMap(data)) => Some(data.fd().as_fd().try_clone_to_owned().map_err(|error| error.to_string())?),
         _ => None,
-    });
+    };
     let Some(Program::Iter(program)) = object.program_mut(name) else {
         return Err(format!("the object has no program {name}"));
     };
@@ -353,6 +360,15 @@ fn attach_walk(
 /// `Err` is the first that is not.
 fn met(needs: impl IntoIterator<Item = Need>) -> Result<(), String> {
     needs.into_iter().find_map(|need| need.unmet()).map_or(Ok(()), Err)
+}
+
+/// The probe without which this one would count what never ends.
+fn depends_on(probe: &str) -> Option<&'static str> {
+    match probe {
+        "tcp-traffic" => Some("tcp-state"),
+        "request-latency" => Some("tcp-traffic"),
+        _ => None,
+    }
 }
 
 /// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
@@ -379,8 +395,7 @@ fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
 fn attach(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe, done: &[ProbeStatus]) -> Result<(), String> {
     met((probe.needs)(kernel.layout))?;
     if let Hook::PartOf(whole) = probe.hook {
-        let on = done.iter().any(|status| status.name == whole && status.attached);
-        return if on { Ok(()) } else { Err(format!("{whole}, which it is a part of, is off")) };
+        return if is_on(done, whole) { Ok(()) } else { Err(format!("{whole}, which it is a part of, is off")) };
     }
     if let Hook::Tracepoint(name) = probe.hook
         && !kernel.btf.has_tracepoint(name)

@@ -64,7 +64,7 @@ impl Sensor {
 }
 
 fn attach(program: &mut CgroupSockAddr, folder: File) -> std::result::Result<CgroupSockAddrLink, String> {
-    // A link is one of many by nature, as for packets.
+    // A link is one of many by nature; the flag for "many" is for attachments without a link, and refused here.
     let link = program.attach(folder, CgroupAttachMode::Single).and_then(|id| program.take_link(id));
     link.map_err(|error| load::refusal(&error))
 }

@@ -11,6 +11,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,10 +19,10 @@ use std::time::Duration;
 use aya::maps::perf::PerfEventArrayBuffer;
 use aya::maps::{MapData, PerfEventArray};
 use crossbeam::channel::Sender;
-use warmswap_events::Record;
+use warmswap_events::{Class, Record};
 
 use crate::account::Tally;
-use crate::drain::{BATCH_RECORDS, MarkTaker, Taken, become_realtime, event_fd, poll, tell};
+use crate::drain::{BATCH_RECORDS, MarkTaker, Taken, become_realtime, event_fd, tell, wait_for};
 use crate::event::{Mark, decode};
 use crate::ring::Ring;
 
@@ -63,21 +64,25 @@ fn give(takers: &mut Vec<MarkTaker>, record: &Record) -> bool {
     let Some(mark) = Mark::of(record) else { return false };
     let mut given = false;
     takers.retain_mut(|taker| {
-        let taken = taker(mark);
+        // One that panics must not end the threads that call it, one after the other.
+        let taken = catch_unwind(AssertUnwindSafe(|| taker(mark))).unwrap_or_else(|_| {
+            tracing::error!("a taker of marks panicked, and is given no more");
+            Taken::NoMore
+        });
         given |= taken == Taken::Yes;
         taken != Taken::NoMore
     });
     given
 }
 
-/// A taker that panicked has not broken what others take.
+/// Nothing that is done with it leaves it half done.
 pub(crate) fn lock(urgent: &Mutex<Urgent>) -> MutexGuard<'_, Urgent> {
     urgent.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The threads. Dropping it ends them.
 pub(crate) struct Watchmen {
-    stop: OwnedFd,
+    stop: Arc<OwnedFd>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -93,7 +98,7 @@ pub(crate) struct Post {
 impl Watchmen {
     /// One per CPU that can be woken; where none can be, the draining thread does all of it.
     pub(crate) fn start(mut wakers: PerfEventArray<MapData>, cpus: usize, post: &Post) -> io::Result<Self> {
-        let mut watchmen = Self { stop: event_fd()?, threads: Vec::with_capacity(cpus) };
+        let mut watchmen = Self { stop: Arc::new(event_fd()?), threads: Vec::with_capacity(cpus) };
         for cpu in 0..cpus {
             let buffer = match wakers.open(cpu as u32, Some(1)) {
                 Ok(buffer) => buffer,
@@ -105,7 +110,7 @@ impl Watchmen {
             let watchman = Watchman {
                 cpu,
                 buffer,
-                stop: watchmen.stop.try_clone()?,
+                stop: Arc::clone(&watchmen.stop),
                 urgent: Arc::clone(&post.urgent),
                 passed: post.passed.clone(),
                 wake: Arc::clone(&post.wake),
@@ -139,7 +144,7 @@ impl Drop for Watchmen {
 struct Watchman {
     cpu: usize,
     buffer: PerfEventArrayBuffer<MapData>,
-    stop: OwnedFd,
+    stop: Arc<OwnedFd>,
     urgent: Arc<Mutex<Urgent>>,
     passed: Sender<Passed>,
     wake: Arc<OwnedFd>,
@@ -153,7 +158,7 @@ impl Watchman {
             let _ = become_realtime(priority);
         }
         loop {
-            let [woken, stopped] = poll([self.buffer.as_raw_fd(), self.stop.as_raw_fd()]);
+            let [woken, stopped] = wait_for(self.buffer.as_raw_fd(), self.stop.as_raw_fd());
             if stopped {
                 return;
             }
@@ -163,10 +168,19 @@ impl Watchman {
             // What woke us says nothing but that.
             self.buffer.for_each(|_| {});
             let mut any = false;
-            lock(&self.urgent).drain(|record| {
-                // Fails only when the draining thread is gone.
-                any |= self.passed.send(record).is_ok();
+            let mut urgent = lock(&self.urgent);
+            let tally = Arc::clone(&urgent.tally);
+            urgent.drain(|passed| {
+                any = true;
+                if let Err(refused) = self.passed.try_send(passed) {
+                    // The draining thread is behind, or gone: marks have been taken, subscribers go without.
+                    let (record, taken) = refused.into_inner();
+                    if let Some(class) = Class::from_number(record.class) {
+                        tally.count(class, taken);
+                    }
+                }
             });
+            drop(urgent);
             if any {
                 tell(&self.wake);
             }

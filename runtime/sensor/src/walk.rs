@@ -58,8 +58,15 @@ impl Walk {
         let mut all = File::from(bpf(ITER_CREATE, &IterCreate { link: self.link.as_raw_fd() as u32, flags: 0 })?);
         // It says nothing; reading it to its end is what makes it go.
         let mut nothing = [0; 64];
-        while all.read(&mut nothing)? != 0 {}
-        Ok(())
+        loop {
+            match all.read(&mut nothing) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                // After a million of them the kernel wants to be asked again.
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

@@ -122,6 +122,57 @@ fn run_time_is_charged_also_while_a_process_never_gives_up_its_cpu() {
     assert!(charged_while_running > 0);
 }
 
+/// The kernel gives a thread that starts a program the number of its process, and its birthday.
+#[test]
+fn a_thread_that_starts_a_program_is_not_taken_for_its_process() {
+    const TEST: &str = "a_thread_that_starts_a_program_is_not_taken_for_its_process";
+    let mut sensor = sensor_or_leave!("a_thread_that_starts_a_program_is_not_taken_for_its_process");
+    need_probe!("a_thread_that_starts_a_program_is_not_taken_for_its_process", sensor, "run-time", "file-bytes");
+    const PROGRAM: &std::ffi::CStr = c"import os, threading, time
+total = 0
+for n in range(3000000): total += n
+start = lambda: (time.sleep(0.3), os.execv('/bin/sleep', ['sleep', '0.3']))
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()";
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let begin = Instant::now();
+    let child = cgroup.spawn(|| {
+        // SAFETY: constant texts; the last argument ends the list.
+        unsafe {
+            let python = c"/usr/bin/python3";
+            libc::execl(
+                python.as_ptr(),
+                python.as_ptr(),
+                c"-c".as_ptr(),
+                PROGRAM.as_ptr(),
+                std::ptr::null::<libc::c_char>(),
+            );
+        }
+        98
+    });
+    let (mut run_ns, mut reads, mut faults) = (0u64, 0u64, 0u64);
+    let mut look = |sensor: &mut _| {
+        let counts = window(sensor).counts;
+        run_ns = run_ns.saturating_add(counts.run_ns);
+        reads = reads.saturating_add(counts.reads);
+        faults = faults.saturating_add(counts.page_faults);
+    };
+    // Both threads are known before the one becomes the other, and the program that it has become is looked at too.
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(100));
+        look(&mut sensor);
+    }
+    assert_eq!(child.wait(), 0, "{TEST}: python3 is needed");
+    // What it ran for at the end is known when it is gone.
+    std::thread::sleep(Duration::from_millis(200));
+    look(&mut sensor);
+    let passed_ns = begin.elapsed().as_nanos() as u64;
+    assert!(run_ns > 20_000_000 && run_ns < passed_ns, "{run_ns} ns of CPU in {passed_ns}");
+    assert!(reads < 10_000 && faults < 100_000, "{reads} reads, {faults} faults");
+}
+
 /// It reads, writes and faults, and nothing makes it stop; what it did is known while it goes on.
 #[test]
 fn reads_and_faults_are_counted_also_while_a_process_never_gives_up_its_cpu() {

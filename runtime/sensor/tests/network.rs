@@ -170,6 +170,115 @@ fn what_a_service_asks_of_others_is_no_request_to_it() {
     assert!(window.counts.tx_packets >= 5);
 }
 
+/// As HTTP does without keep-alive: who has answered closes before anything comes back; or who has asked says that it is done.
+#[test]
+fn latency_is_measured_when_the_answer_is_the_last_that_is_said() {
+    const TEST: &str = "latency_is_measured_when_the_answer_is_the_last_that_is_said";
+    let mut sensor = sensor_or_leave!("latency_is_measured_when_the_answer_is_the_last_that_is_said");
+    need_probe!("latency_is_measured_when_the_answer_is_the_last_that_is_said", sensor, "request-latency");
+    const CONNECTIONS: usize = 20;
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let (read, write) = support::pipe();
+    let child = cgroup.spawn(|| {
+        let (listener, port) = listen_in_child();
+        let mut bytes = [0u8; 64];
+        // SAFETY: system calls on our own descriptors and stack.
+        unsafe {
+            libc::write(write.as_raw_fd(), port.to_ne_bytes().as_ptr().cast(), 2);
+            for _ in 0..2 * CONNECTIONS {
+                let connection = libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut());
+                if libc::read(connection, bytes.as_mut_ptr().cast(), bytes.len()) != 1 {
+                    return 1;
+                }
+                let pause = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+                libc::nanosleep(&raw const pause, std::ptr::null_mut());
+                if libc::write(connection, bytes.as_ptr().cast(), bytes.len()) != bytes.len() as isize {
+                    return 2;
+                }
+                libc::close(connection);
+            }
+        }
+        0
+    });
+    let port = port_from(&read);
+    for number in 0..2 * CONNECTIONS {
+        let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect(TEST);
+        // So that the request does not overtake the end of the handshake.
+        std::thread::sleep(Duration::from_millis(2));
+        client.write_all(b"x").expect("a request");
+        if number % 2 == 0 {
+            client.shutdown(std::net::Shutdown::Write).expect("done");
+        }
+        assert_eq!(client.read_to_end(&mut Vec::new()).expect("an answer"), 64);
+    }
+    assert_eq!(child.wait(), 0);
+    let latency = window(&mut sensor).durations.request_latency;
+    assert_eq!(latency.count(), 2 * CONNECTIONS as u64, "{latency:?}");
+    assert!(latency.quantile_ns(0.0).is_some_and(|ns| ns >= 1_000_000), "{latency:?}");
+}
+
+/// A port that was served is anybody's again.
+#[test]
+fn who_asks_from_a_port_that_was_served_is_a_client() {
+    const TEST: &str = "who_asks_from_a_port_that_was_served_is_a_client";
+    let mut sensor = sensor_or_leave!("who_asks_from_a_port_that_was_served_is_a_client");
+    need_probe!("who_asks_from_a_port_that_was_served_is_a_client", sensor, "request-latency");
+    let cgroup = Cgroup::new();
+    sensor.watch(cgroup.id).expect("watch");
+    let (read, write) = support::pipe();
+    let child = cgroup.spawn(|| serve_one(write.as_raw_fd(), 3, Duration::ZERO, true));
+    let port = port_from(&read);
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect(TEST);
+    for _ in 0..3 {
+        client.write_all(b"x").expect("a request");
+        client.read_exact(&mut [0]).expect("an answer");
+    }
+    // The server resets, so that its port is free at once.
+    assert_eq!(child.wait(), 0);
+    assert!(client.read(&mut [0]).is_err());
+    assert_eq!(window(&mut sensor).durations.request_latency.count(), 3);
+
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a server outside");
+    let to = listener.local_addr().expect("bound").port();
+    let child = cgroup.spawn(move || {
+        // SAFETY: system calls on our own stack.
+        unsafe {
+            let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+            let address = |port: u16| {
+                let mut address: libc::sockaddr_in = std::mem::zeroed();
+                address.sin_family = libc::AF_INET as u16;
+                address.sin_port = port.to_be();
+                address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+                address
+            };
+            let length = size_of::<libc::sockaddr_in>() as u32;
+            let (ours, theirs) = (address(port), address(to));
+            if libc::bind(socket, (&raw const ours).cast(), length) != 0
+                || libc::connect(socket, (&raw const theirs).cast(), length) != 0
+            {
+                return 1;
+            }
+            let mut byte = 0u8;
+            for _ in 0..5 {
+                libc::write(socket, b"q".as_ptr().cast(), 1);
+                libc::read(socket, (&raw mut byte).cast(), 1);
+            }
+        }
+        0
+    });
+    let (mut connection, from) = listener.accept().expect("the child connects");
+    assert_eq!(from.port(), port, "{TEST}");
+    for _ in 0..5 {
+        connection.read_exact(&mut [0]).expect("a question");
+        connection.write_all(b"a").expect("an answer");
+    }
+    drop(connection);
+    assert_eq!(child.wait(), 0);
+    let durations = window(&mut sensor).durations;
+    assert_eq!((durations.request_latency.count(), durations.request_gap.count()), (0, 0));
+}
+
 /// Of one that was there before, what it carries from then on, requests too.
 #[test]
 fn a_connection_that_was_there_before_counts_from_when_it_is_watched() {
