@@ -31,6 +31,7 @@ const WARM_UP_SHARE: f64 = 0.1;
 /// each block here): fewer and longer blocks.
 const REDIS_BLOCKS: f64 = 6.0;
 const REDIS_CYCLES: f64 = 1.0 / 3.0;
+const PIPELINED_MAX: u64 = 16;
 
 /// How many cycles with our probes and with a peer or nothing, and how long a block is.
 #[derive(Clone, Copy)]
@@ -121,7 +122,7 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
         Ok(programs) => programs,
         Err(error) => return Ok(vec![Row::unmeasured(ID, "×", &reason(&error), &Conditions::new())]),
     };
-    for &pipelined in if quick { &[1][..] } else { &[1, 16] } {
+    for &pipelined in if quick { &[1][..] } else { &[1, PIPELINED_MAX] } {
         let mut worker = ground.worker()?;
         let port = crate::host::free_port()?.port();
         let arguments =
@@ -145,8 +146,11 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
                 let arguments = ["-p", &port, "-q", "-t", "set,get", "-c", "50", "-P", &pipelined, "-n", &count];
                 Task::Ask { program: program.clone(), arguments: arguments.map(str::to_owned).into() }
             }),
-            // One has some dozens of bytes.
-            counted: |window| (window.counts.rx_bytes / 20).min(window.counts.tx_bytes / 4),
+            // One has some dozens of bytes; the latency of one is measured for each batch.
+            counted: |window| {
+                let batches = window.durations.request_latency.count();
+                (window.counts.rx_bytes / 20).min(window.counts.tx_bytes / 4).min(batches * PIPELINED_MAX)
+            },
             peer: &COUNT_BY_CGROUP,
             floor: Some(Floor::at_segments),
         };

@@ -34,7 +34,7 @@ impl Context {
     pub(crate) const NOBODY: Self = Self::User(UID_UNKNOWN);
 }
 
-/// Whether anybody wants events of this class, which is not urgent, from anywhere.
+/// Whether anybody wants events of this class from anywhere.
 #[inline(always)]
 pub(crate) fn subscribed(class: Class) -> bool {
     // SAFETY: the lookup succeeded; user space changes the word whole.
@@ -43,22 +43,18 @@ pub(crate) fn subscribed(class: Class) -> bool {
         .is_some_and(|control| unsafe { core::ptr::read_volatile(&raw const (*control).classes) & class.bit() != 0 })
 }
 
-/// Whether anybody wants events of this class from this cgroup. The sensor's own process is left out.
+/// Whether anybody wants events of this class, which is not urgent, from this cgroup. The sensor's own process is left out.
 #[inline(always)]
 pub(crate) fn wanted(class: Class, owner: Owner, context: Context) -> bool {
-    if !class.urgent() {
-        if !subscribed(class) {
-            return false;
-        }
-        // SAFETY: as in `subscribed`.
-        let everywhere = CONTROL
+    // SAFETY: as in `subscribed`.
+    let everywhere = || {
+        CONTROL
             .get_ptr(0)
-            .is_some_and(|control| unsafe { core::ptr::read_volatile(&raw const (*control).everywhere) } != 0);
-        if owner.slot == 0 && !everywhere {
-            return false;
-        }
-    }
-    context != Context::Process || tgid() != global!(OWN_TGID)
+            .is_some_and(|control| unsafe { core::ptr::read_volatile(&raw const (*control).everywhere) } != 0)
+    };
+    subscribed(class)
+        && (owner.slot != 0 || everywhere())
+        && (context != Context::Process || tgid() != global!(OWN_TGID))
 }
 
 #[inline(always)]

@@ -13,6 +13,9 @@ use crate::tasks::Task;
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
 const MMAPABLE: u32 = 1 << 10;
 
+/// What the kernel says to who would make an entry that is there.
+pub(crate) const EXISTS: i32 = -17;
+
 #[map]
 pub(crate) static RING_URGENT: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 #[map]

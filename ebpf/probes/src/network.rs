@@ -27,7 +27,10 @@ use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use warmswap_events::Distribution;
 
 use crate::emit::now_ns;
-use crate::maps::{ASKED, CONNECTIONS, REQUESTS, SERVED, add_atomic, add_shared, counters, cpu, layout, record};
+use crate::maps::{
+    ASKED, CONNECTIONS, EXISTS, REQUESTS, SERVED, add_atomic, add_shared, counters, cpu, layout, record,
+};
+use crate::tcp::{ESTABLISHED, PROTOCOL_TCP};
 use crate::{cgroup, read, trouble};
 
 /// No header of TCP is longer.
@@ -36,8 +39,6 @@ const HEADER_MAX: u32 = 60;
 /// Of the flags of a socket the one that says that the other side has said that it is done.
 const DONE: u64 = 1 << 1;
 
-const PROTOCOL_TCP: u16 = 6;
-const STATE_ESTABLISHED: u8 = 1;
 const FAMILY_V4: u16 = 2;
 const FAMILY_V6: u16 = 10;
 const MODE_KIND: u16 = 0o170_000;
@@ -248,7 +249,6 @@ fn local_port(sock: u64) -> u32 {
 /// Unless it is there.
 #[inline(always)]
 fn begin(sock: u64, connection: &Connection) {
-    const EXISTS: i32 = -17;
     match CONNECTIONS.insert(&sock, connection, BPF_NOEXIST.into()) {
         Ok(()) => serve(connection.served, 1),
         Err(EXISTS) => {}
@@ -269,31 +269,22 @@ fn serve(port: u32, more: u64) {
 /// Nothing more will be sent on the connection: what was sent answers what was asked.
 #[inline(always)]
 pub(crate) fn closes(sock: u64, slot: u32) {
-    let Some(place) = waiting(sock) else { return };
+    let Some(places) = read::at(sock, layout!(sock_hash)).and_then(places) else { return };
     // SAFETY: the lookup succeeded; the kernel has locked the socket.
-    let place = unsafe { &mut *place };
-    if place.slot == slot && read::at(sock, layout!(tcp_sent_next)) != Some(place.next) {
-        answered(slot, place.since_ns, Struct::Raw(sock));
+    for place in unsafe { &mut (*places).0 } {
+        if place.sock == sock {
+            if place.slot == slot && read::at(sock, layout!(tcp_sent_next)) != Some(place.next) {
+                answered(slot, place.since_ns, Struct::Raw(sock));
+            }
+            place.sock = 0;
+            return;
+        }
     }
-    place.sock = 0;
-}
-
-/// The request on this connection that waits for its answer.
-#[inline(always)]
-fn waiting(sock: u64) -> Option<*mut Request> {
-    let places = places(read::at(sock, layout!(sock_hash))?)?;
-    // SAFETY: the lookup succeeded.
-    let places = unsafe { &mut (*places).0 };
-    places.iter_mut().find(|place| place.sock == sock).map(|place| &raw mut *place)
 }
 
 /// The connection has ended; its socket still knows what it carried.
 #[inline(always)]
 pub(crate) fn ends(sock: u64, cpu: u32) {
-    if let Some(place) = waiting(sock) {
-        // SAFETY: the lookup succeeded.
-        unsafe { (*place).sock = 0 };
-    }
     if let Some(connection) = CONNECTIONS.get_ptr_mut(&sock) {
         // SAFETY: the lookup succeeded.
         charge(unsafe { &mut *connection }, sock, cpu);
@@ -333,7 +324,7 @@ pub(crate) extern "C" fn adopt(each: *mut EachFile) -> i32 {
         let slot = cgroup::of_any_sock(cpu(), sock);
         if slot != 0 {
             begin(sock, &Connection { slot, served: local_port(sock), charged: Carried::of(sock) });
-            if state(sock) != Some(STATE_ESTABLISHED) {
+            if state(sock) != Some(ESTABLISHED) {
                 // It has ended meanwhile, perhaps before there was anything to forget.
                 forget(sock);
             }
@@ -352,12 +343,12 @@ fn established(file: u64) -> Option<u64> {
     let sock = read::pointer(read::pointer(file, layout!(file_private))?, layout!(socket_sock))?;
     let is_tcp = read::at(sock, layout!(sock_protocol)) == Some(PROTOCOL_TCP)
         && read::at(sock, layout!(sock_family)).is_some_and(|family: u16| family == FAMILY_V4 || family == FAMILY_V6);
-    (is_tcp && state(sock) == Some(STATE_ESTABLISHED)).then_some(sock)
+    (is_tcp && state(sock) == Some(ESTABLISHED)).then_some(sock)
 }
 
 #[inline(always)]
-fn state(sock: u64) -> Option<u8> {
-    read::at(sock, layout!(sock_state))
+fn state(sock: u64) -> Option<u32> {
+    read::at::<u8>(sock, layout!(sock_state)).map(u32::from)
 }
 
 /// What the kernel passes for each entry of a map, and once more with none at the end.

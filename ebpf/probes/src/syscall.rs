@@ -33,10 +33,7 @@ impl Registers {
     pub(crate) fn at(self, offset: u32) -> Option<u64> {
         match self {
             Self::Typed(_) if offset == OFFSET_MISSING => None,
-            // SAFETY: the verifier has checked that this is inside a struct pt_regs.
-            Self::Typed(regs) => {
-                Some(unsafe { core::ptr::read_volatile(regs.wrapping_add(u64::from(offset)) as *const u64) })
-            }
+            Self::Typed(regs) => Some(read::typed(regs, offset)),
             Self::Raw(regs) => read::at(regs, offset),
         }
     }

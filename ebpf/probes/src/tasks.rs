@@ -20,7 +20,7 @@ use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
 use warmswap_events::OFFSET_MISSING;
 
-use crate::maps::{SINCE, TASKS, add_shared, counters, cpu, layout};
+use crate::maps::{EXISTS, SINCE, TASKS, add_shared, counters, cpu, layout};
 use crate::read::{typed, typed_pointer};
 use crate::{cgroup, trouble};
 
@@ -78,8 +78,6 @@ pub(crate) struct EachTask {
 
 /// Of the flags of a task the one that says that it has begun to end.
 const ENDING: u32 = 0x4;
-/// What the kernel says of an entry that is there.
-const EXISTS: i32 = -17;
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]

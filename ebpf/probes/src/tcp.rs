@@ -8,9 +8,9 @@ use crate::emit::{Context, emit, subscribed, wanted};
 use crate::maps::{add_shared, counters, cpu, layout};
 use crate::{cgroup, network, read};
 
-const PROTOCOL_TCP: u16 = 6;
+pub(crate) const PROTOCOL_TCP: u16 = 6;
 
-const ESTABLISHED: u32 = 1;
+pub(crate) const ESTABLISHED: u32 = 1;
 const SYN_SENT: u32 = 2;
 const SYN_RECV: u32 = 3;
 const FIN_WAIT_1: u32 = 4;
