@@ -43,6 +43,9 @@ const PROMOTE_TIME_MAX: Duration = Duration::from_secs(1);
 const SYNC_ROUNDS_MAX: u32 = 16;
 /// How long COMMIT itself waits for the old generation; after that it drains beside the next handover.
 const COMMIT_WAIT: Duration = Duration::from_secs(1);
+/// How long generations sleep before QUIESCE, when nothing wants them: longer than others run on a busy CPU before the scheduler
+/// looks at it again, which is a tick, or the slice of an ordinary thread.
+const REST: Duration = Duration::from_millis(10);
 
 /// What to do, decided by somebody else.
 #[derive(Debug, Clone, PartialEq)]
@@ -330,6 +333,7 @@ impl Supervisor {
                 Ok(format!("{to} accepts beside {from}"))
             });
         }
+        self.rest();
         self.conditions.progress(&self.record.file.name, &Progress::PhaseBegun { phase: Phase::Quiesce });
         attempt.undo.push(Undo::ResumeOwner(from));
         let sent = self.connections.len() as u64;
@@ -370,6 +374,19 @@ impl Supervisor {
                 .progress(&self.record.file.name, &Progress::PhaseEnded { phase, outcome, duration_us, detail });
         }
         Ok(())
+    }
+
+    /// Lets the generations sleep before the switch. Whoever has just had more than its share of a busy CPU is not given it
+    /// again before the others have had theirs, however short its slices: it would be waited for while nobody serves.
+    fn rest(&mut self) {
+        let until = Instant::now() + REST;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            self.pump(left, None);
+        }
     }
 
     fn say_ended(&self, attempt: &Attempt, detail: &str) {
