@@ -21,7 +21,8 @@ fn whoever_is_killed_stopped_or_deceived_at_whatever_step_nothing_is_lost() {
     }
     println!("{outcome}");
     assert!(outcome.broken.is_empty(), "{outcome}\n{}", disturbed.log());
-    assert!(outcome.hits.len() * 10 >= points.len() * 9, "most points are reached: {outcome}");
+    // Two of them may be the same, in words: those that are hit are fewer than those that are reached.
+    assert!(outcome.missed.len() * 10 <= points.len(), "most of {} points are reached: {outcome}", points.len());
     for actor in [Actor::Active, Actor::Shadow, Actor::Agent] {
         assert!(outcome.hits.iter().any(|hit| hit.actor == actor), "{actor:?} was never hit: {outcome}");
     }
