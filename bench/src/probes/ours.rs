@@ -1,7 +1,11 @@
 //! Warmswap's own probes, as the agent has them.
 
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
-use warmswap_model::CgroupId;
+use warmswap_model::{CgroupId, FeatureWindow};
 use warmswap_sensor::{ProbeStatus, Sensor, SensorConfig};
 
 use super::Ground;
@@ -12,6 +16,64 @@ pub(super) fn attach(ground: &Ground, watched: bool) -> Result<Sensor> {
         SensorConfig { disabled: ground.without.clone(), ..SensorConfig::default() },
         watched.then_some(ground.cgroup.id),
     )
+}
+
+/// A window, and for how long requests had been measured until then.
+pub(super) struct Look {
+    pub(super) window: FeatureWindow,
+    pub(super) measured: Duration,
+}
+
+/// A window is taken every second. Dropping it detaches the probes.
+pub(super) struct Watching {
+    taken: Vec<Look>,
+    looks: Receiver<Look>,
+    /// Until it is gone.
+    on: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watching {
+    pub(super) fn begin(mut sensor: Sensor) -> Self {
+        let (taken, looks) = mpsc::channel();
+        let (on, off) = mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            loop {
+                let goes_on = off.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout);
+                let (windows, measured) = (sensor.windows(), sensor.requests_measured());
+                for window in windows {
+                    // Nobody may want it any more.
+                    let _ = taken.send(Look { window, measured });
+                }
+                if !goes_on {
+                    return;
+                }
+            }
+        });
+        Self { taken: Vec::new(), looks, on: Some(on), thread: Some(thread) }
+    }
+
+    /// All windows until now.
+    pub(super) fn so_far(&mut self) -> &[Look] {
+        self.taken.extend(self.looks.try_iter());
+        &self.taken
+    }
+
+    /// All windows, the last one up to now; the probes are detached.
+    pub(super) fn until_the_end(&mut self) -> Result<&[Look]> {
+        drop(self.on.take());
+        if let Some(thread) = self.thread.take() {
+            ensure!(thread.join().is_ok(), "the thread that takes windows panicked");
+        }
+        Ok(self.so_far())
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // What it has to say was said when it panicked.
+        let _ = self.until_the_end();
+    }
 }
 
 /// One probe alone.

@@ -5,25 +5,26 @@
 //! ```
 //!
 //! One CPU does the work and nothing else, so CPU time is what the work costs whatever else the host does; client and server
-//! share it, so what the kernel does between them is in it too. A short piece of work after each change is not counted.
+//! share it, so what the kernel does between them is in it too. A short piece of work after each change is not counted; and where
+//! probes do less after a while, the work goes on until then. Windows are taken every second, as the agent takes them.
 
 use std::path::PathBuf;
-
-use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::json;
-use warmswap_model::FeatureWindow;
-use warmswap_sensor::Sensor;
+use std::time::Duration;
 
 use super::floor::{self, Floor};
 use super::jobs::{PIECE_BYTES, PIECES};
+use super::ours::{self, Watching};
 use super::tools::{Attached, COUNT_BY_CGROUP, EXECSNOOP, OPENSNOOP, Tool};
 use super::worker::{Task, Took, Worker};
-use super::{Ground, ours, reason};
+use super::{Ground, reason};
 use crate::interrupt;
 use crate::process;
 use crate::progress::Progress;
 use crate::rows::{Conditions, Row};
 use crate::stats::{median, median_interval, quartiles};
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+use warmswap_model::FeatureWindow;
 
 const TARGET: f64 = 1.01;
 const WARM_UP_SHARE: f64 = 0.1;
@@ -59,6 +60,8 @@ struct Job {
     /// How much of it a window shows, at least.
     counted: fn(&FeatureWindow) -> u64,
     peer: &'static Tool,
+    /// Whether those who look on do less of it after a while: so they are given the while.
+    settles: bool,
     /// Programs that do nothing at the hooks that matter here.
     floor: Option<fn() -> Result<Floor>>,
 }
@@ -77,6 +80,7 @@ pub(super) fn programs(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
         task: Box::new(move |count| Task::Programs { program: program.clone(), count }),
         counted: |window| window.counts.execs,
         peer: &EXECSNOOP,
+        settles: false,
         floor: None,
     };
     measure(ground, &job, None, Plan::of(quick))
@@ -97,6 +101,7 @@ pub(super) fn files(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
             task: Box::new(move |rounds| Task::Files { folder: folder.clone(), rounds }),
             counted: |window| window.counts.writes / PIECES as u64,
             peer: &OPENSNOOP,
+            settles: false,
             floor: None,
         };
         rows.extend(measure(ground, &job, None, Plan::of(quick))?);
@@ -152,6 +157,7 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
                 (window.counts.rx_bytes / 20).min(window.counts.tx_bytes / 4).min(batches * PIPELINED_MAX)
             },
             peer: &COUNT_BY_CGROUP,
+            settles: true,
             floor: Some(Floor::at_segments),
         };
         rows.extend(measure(ground, &job, Some(&mut worker), plan)?);
@@ -161,6 +167,11 @@ pub(super) fn redis(ground: &Ground, quick: bool) -> Result<Vec<Row>> {
 
 /// Somebody who looks on.
 trait Onlooker {
+    /// Whether he does as much as he will always do.
+    fn is_settled(&mut self) -> bool {
+        true
+    }
+
     /// Fails when he has seen less than this, as far as he can tell.
     fn has_seen(&mut self, _done: u64) -> Result<()> {
         Ok(())
@@ -171,13 +182,28 @@ impl Onlooker for Attached {}
 impl Onlooker for Floor {}
 
 struct Ours {
-    sensor: Sensor,
+    watching: Watching,
+    /// Windows that were taken before what is measured.
+    before: usize,
     counted: fn(&FeatureWindow) -> u64,
 }
 
 impl Onlooker for Ours {
+    /// The first window says how much there is to do, and begins before there is.
+    fn is_settled(&mut self) -> bool {
+        self.before = self.watching.so_far().len();
+        self.before >= 2
+    }
+
     fn has_seen(&mut self, done: u64) -> Result<()> {
-        let counted = self.sensor.windows().first().map_or(0, self.counted);
+        let before = self.before;
+        let looks = self.watching.until_the_end()?;
+        let of_it = looks.get(before..).unwrap_or_default();
+        let counted = of_it.iter().map(|look| (self.counted)(&look.window)).fold(0, u64::saturating_add);
+        // What is added for those that are not measured says nothing of whether any are.
+        let measured = |look: Option<&ours::Look>| look.map_or(Duration::ZERO, |look| look.measured);
+        let goes_on = measured(looks.last()) > measured(before.checked_sub(1).and_then(|last| looks.get(last)));
+        ensure!(done == 0 || goes_on || before == 0, "warmswap measured no requests");
         ensure!(counted >= done, "warmswap counted {counted} of {done}");
         Ok(())
     }
@@ -214,7 +240,9 @@ fn measure(ground: &Ground, job: &Job, worker: Option<&mut Worker>, plan: Plan) 
         |id: &str, cycles: &[Cycle]| filled(Row::new(id, None, "×", cycles.len(), &job.conditions), cycles, count);
     // With probes left off it may see nothing.
     let counted = if ground.without.is_empty() { job.counted } else { |_: &FeatureWindow| u64::MAX };
-    let watch = || -> Result<Box<dyn Onlooker>> { Ok(Box::new(Ours { sensor: ours::attach(ground, true)?, counted })) };
+    let watch = || -> Result<Box<dyn Onlooker>> {
+        Ok(Box::new(Ours { watching: Watching::begin(ours::attach(ground, true)?), before: 0, counted }))
+    };
     let ours = row(job.id, &cycles("warmswap", plan.ours, &watch)?).at_most(TARGET);
     if plan.others == 0 {
         return Ok(vec![ours]);
@@ -278,6 +306,9 @@ fn one_cycle(
     let off = worker.work(&task)?;
     let mut onlooker = attach()?;
     worker.work(&warm_up)?;
+    while job.settles && !onlooker.is_settled() {
+        worker.work(&task)?;
+    }
     let (on, on_too) = (worker.work(&task)?, worker.work(&task)?);
     onlooker.has_seen(2 * u64::from(count))?;
     drop(onlooker);

@@ -42,6 +42,8 @@ pub mod map {
     pub const CONTROL: &str = "CONTROL";
     /// `class` → [`crate::ClassAccount`].
     pub const ACCOUNT: &str = "ACCOUNT";
+    /// Number of a socket → requests that wait for their answer, [`crate::Places`].
+    pub const REQUESTS: &str = "REQUESTS";
     /// `slot` → when the last request arrived; private to the probes.
     pub const ASKED: &str = "ASKED";
     /// (message, subject) → how often; private to the probes.
@@ -270,9 +272,34 @@ pub struct Control {
     pub classes: u64,
     /// 1: send events of every cgroup; 0: of watched ones only. Urgent classes are sent from everywhere.
     pub everywhere: u64,
+    /// Requests that began before this moment, `CLOCK_MONOTONIC`, ns, are not measured: not all of them was seen.
+    pub requests_since: u64,
+    /// 1: requests that begin now are not measured either.
+    pub requests_closed: u64,
     /// 1: handover marks are looked for at the end of system calls, because this kernel shows them nowhere else.
     pub marks_at_exit: u64,
 }
+
+/// A request that waits for its answer; nothing when `sock` is 0.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Request {
+    pub sock: u64,
+    /// `CLOCK_MONOTONIC`, ns.
+    pub since_ns: u64,
+    /// What was to be sent next as it arrived, in sequence numbers.
+    pub next: u32,
+    pub slot: u32,
+    pub unused: u64,
+}
+
+/// Requests whose sockets have the same number.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Places(pub [Request; 4]);
+
+/// How many [`Places`] there are.
+pub const REQUEST_ROWS: u32 = 1 << 13;
 
 /// Kernel side of the accounting: what a probe wanted to send, and what was not sent for want of room in the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -365,7 +392,8 @@ const _: () = {
     assert!(size_of::<ExecRecord>() == 192);
     assert!(size_of::<Counters>() == 256);
     assert!(SLOTS_MAX <= 1 << u16::BITS);
-    assert!(size_of::<Control>() == 32);
+    assert!(size_of::<Control>() == 48);
+    assert!(size_of::<Request>() == 32);
     assert!(size_of::<ClassAccount>() == 24);
     assert!(size_of::<Histogram>() == BUCKETS * 8);
 };

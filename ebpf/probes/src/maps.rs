@@ -3,11 +3,11 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerfEventArray, RingBuf};
 use warmswap_events::{
-    BUCKETS, CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout,
-    SYSCALL_TABLE, bucket_of_ns,
+    BUCKETS, CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Distribution, Histogram, Layout, Places,
+    REQUEST_ROWS, SYSCALL_TABLE, bucket_of_ns,
 };
 
-use crate::network::{Connection, Places, ROWS};
+use crate::network::Connection;
 use crate::tasks::Task;
 
 /// The array's values can be mapped by user space, which then reads counters without a system call (Linux 5.5).
@@ -59,7 +59,7 @@ pub(crate) static SERVED: Array<u64> = Array::with_max_entries(1 << 16, 0);
 
 /// By the number of a socket → requests that wait for their answer. 1 MiB.
 #[map]
-pub(crate) static REQUESTS: Array<Places> = Array::with_max_entries(ROWS, 0);
+pub(crate) static REQUESTS: Array<Places> = Array::with_max_entries(REQUEST_ROWS, MMAPABLE);
 
 /// (slot, request queue) → the sector after the last request.
 #[map]

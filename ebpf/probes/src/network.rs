@@ -24,11 +24,11 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use warmswap_events::Distribution;
+use warmswap_events::{Distribution, Places, REQUEST_ROWS, Request};
 
 use crate::emit::now_ns;
 use crate::maps::{
-    ASKED, CONNECTIONS, EXISTS, REQUESTS, SERVED, add_atomic, add_shared, counters, cpu, layout, record,
+    ASKED, CONNECTIONS, CONTROL, EXISTS, REQUESTS, SERVED, add_atomic, add_shared, counters, cpu, layout, record,
 };
 use crate::tcp::{ESTABLISHED, PROTOCOL_TCP};
 use crate::{cgroup, read, trouble};
@@ -53,27 +53,6 @@ pub(crate) struct Connection {
     served: u32,
     charged: Carried,
 }
-
-/// One that waits for its answer; nothing when `sock` is 0.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Request {
-    sock: u64,
-    since_ns: u64,
-    /// What was to be sent next as it arrived, in sequence numbers.
-    next: u32,
-    slot: u32,
-    unused: u64,
-}
-
-const PLACES: usize = 4;
-
-/// Requests whose sockets have the same number.
-#[repr(C)]
-pub(crate) struct Places([Request; PLACES]);
-
-/// How many of [`Places`].
-pub(crate) const ROWS: u32 = 1 << 13;
 
 /// What a connection has carried.
 #[repr(C)]
@@ -164,7 +143,7 @@ fn is_served(port: u16) -> bool {
 /// By the number that the kernel finds the socket by.
 #[inline(always)]
 fn places(hash: u32) -> Option<*mut Places> {
-    REQUESTS.get_ptr_mut(hash % ROWS)
+    REQUESTS.get_ptr_mut(hash % REQUEST_ROWS)
 }
 
 /// A segment has arrived and is about to be looked at.
@@ -181,20 +160,23 @@ fn arrives(slot: u32, sock: u64, hash: u32, tcp: Struct, skb: Struct) {
             if place.next == next {
                 return;
             }
-            if place.slot == slot {
-                answered(slot, place.since_ns, tcp);
-            }
+            answered(slot, place, tcp);
             place.sock = 0;
         }
         if place.sock == 0 && free.is_none() {
             free = Some(place);
         }
     }
+    let measured = measured();
+    if measured.closed {
+        not_asked(slot);
+        return;
+    }
     let length: u32 = skb.at(layout!(skb_length));
     // Of what is longer than its usual header the rest may still be a longer header: of an acknowledgement of gaps.
     let usual = u32::from(tcp.at::<u16>(layout!(tcp_header_length)));
     if length > usual && (length > HEADER_MAX || length > header_length(skb)) {
-        let since_ns = asked(slot);
+        let since_ns = asked(slot, measured.since_ns);
         match free {
             Some(place) => *place = Request { sock, since_ns, next, slot, unused: 0 },
             None => trouble::unmeasured_request(u64::from(slot)),
@@ -202,28 +184,59 @@ fn arrives(slot: u32, sock: u64, hash: u32, tcp: Struct, skb: Struct) {
     }
 }
 
+/// Which requests are measured; see `sampling.rs` of the sensor.
+struct Measured {
+    since_ns: u64,
+    closed: bool,
+}
+
+#[inline(always)]
+fn measured() -> Measured {
+    let Some(control) = CONTROL.get_ptr(0) else { return Measured { since_ns: u64::MAX, closed: true } };
+    // SAFETY: the lookup succeeded; user space changes each word whole.
+    unsafe {
+        Measured {
+            since_ns: core::ptr::read_volatile(&raw const (*control).requests_since),
+            closed: core::ptr::read_volatile(&raw const (*control).requests_closed) != 0,
+        }
+    }
+}
+
 /// The request was answered since the last segment arrived.
 #[inline(always)]
-fn answered(slot: u32, since_ns: u64, tcp: Struct) {
+fn answered(slot: u32, request: &Request, tcp: Struct) {
+    let since_ns = request.since_ns;
+    if request.slot != slot || since_ns < measured().since_ns {
+        return;
+    }
     // When nothing else was on its way the kernel has noted, to the microsecond, when it sent the first of what now is.
     let first_us: u64 = tcp.at(layout!(tcp_first_sent));
     let left_ns = if first_us >= since_ns / 1000 { first_us * 1000 } else { now_ns() };
     record(slot, Distribution::RequestLatency, left_ns.saturating_sub(since_ns));
 }
 
-/// A request arrives now: the time, after the gap to the one before was taken in. Of two that arrive at once on two CPUs one
+/// A request arrives now: the time, after the gap to the one before, if that is measured, was taken in. Of two that arrive at once on two CPUs one
 /// gap may be the other's.
 #[inline(always)]
-fn asked(slot: u32) -> u64 {
+fn asked(slot: u32, measured_since_ns: u64) -> u64 {
     let now = now_ns();
     if let Some(last) = ASKED.get_ptr_mut(slot) {
         // SAFETY: the lookup succeeded; one word.
         let before = unsafe { core::ptr::replace(last, now) };
-        if before != 0 {
+        if before != 0 && before >= measured_since_ns {
             record(slot, Distribution::RequestGap, now.wrapping_sub(before));
         }
     }
     now
+}
+
+/// Perhaps a request that is not measured: the gap to the next one is not known.
+#[inline(always)]
+fn not_asked(slot: u32) {
+    if let Some(last) = ASKED.get_ptr_mut(slot) {
+        // SAFETY: the lookup succeeded; one word.
+        unsafe { core::ptr::write_volatile(last, 0) };
+    }
 }
 
 #[inline(always)]
@@ -273,8 +286,8 @@ pub(crate) fn closes(sock: u64, slot: u32) {
     // SAFETY: the lookup succeeded; the kernel has locked the socket.
     for place in unsafe { &mut (*places).0 } {
         if place.sock == sock {
-            if place.slot == slot && read::at(sock, layout!(tcp_sent_next)) != Some(place.next) {
-                answered(slot, place.since_ns, Struct::Raw(sock));
+            if read::at(sock, layout!(tcp_sent_next)) != Some(place.next) {
+                answered(slot, place, Struct::Raw(sock));
             }
             place.sock = 0;
             return;

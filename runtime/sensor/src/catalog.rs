@@ -17,6 +17,8 @@ pub(crate) enum Hook {
     Connections,
     /// A program of a service that binds a port. No probe, but loaded and reported like one.
     Bind,
+    /// Every segment of TCP, by a raw tracepoint; a share of the time when there are very many; see [`crate::sampling`].
+    Segments(&'static str),
     /// The end of every system call, as long as somebody can read input; see [`crate::at_exit`], which knows the programs.
     WhileInputIsRead,
     /// The first of several that this kernel allows; see [`crate::load`].
@@ -315,7 +317,7 @@ pub(crate) const PROBES: &[Probe] = &[
         program: |_| "segment",
         typed: Some("segment_typed"),
         class: "network",
-        hook: Hook::Tracepoint("tcp_probe"),
+        hook: Hook::Segments("tcp_probe"),
         needs: |l| {
             let of_segment = vec![
                 Need::argument("the socket of tcp_probe", l.arg_segment_sock, &[0]),

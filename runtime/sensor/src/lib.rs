@@ -14,6 +14,7 @@
 
 mod account;
 mod at_exit;
+mod bpf;
 mod btf;
 mod catalog;
 mod check;
@@ -29,6 +30,7 @@ mod ports;
 mod probe_log;
 mod readers;
 mod ring;
+mod sampling;
 mod urgent;
 mod walk;
 mod windows;
@@ -86,6 +88,9 @@ pub struct SensorConfig {
     /// passes it on to `tracing` as warnings under [`PROBE_LOG_TARGET`]. Off, it costs no time, a ring of one page, and
     /// some 160 KiB of kernel memory: the kernel removes the messages but keeps the pages they came in.
     pub probe_log: bool,
+    /// Requests a second of one service above which latencies and gaps are measured of a share of all requests, and counted for all
+    /// of them. Measuring each of so many takes some 0.5 % of a CPU.
+    pub sampled_above: f64,
     /// Whether the variants of probes are tried that cost less, and that not every kernel has: those that read typed arguments, and
     /// marks by other ways than system calls. They count the same; without them the others can be seen to work.
     pub typed: bool,
@@ -101,6 +106,7 @@ impl Default for SensorConfig {
             realtime_priority: Some(10),
             disabled: Vec::new(),
             probe_log: false,
+            sampled_above: 20_000.0,
             typed: true,
         }
     }
@@ -120,6 +126,9 @@ impl SensorConfig {
             && !(1..=99).contains(&priority)
         {
             return refuse("realtime_priority", priority as u64, "1 to 99");
+        }
+        if self.sampled_above.is_nan() || self.sampled_above <= 0.0 {
+            return refuse("sampled_above", self.sampled_above as u64, "more than nothing");
         }
         Ok(())
     }
@@ -269,11 +278,12 @@ impl Sensor {
         }
         let watched_max = self.config.watched_max;
         let slot = self.free.pop_front().ok_or(SensorError::TooManyWatched { cgroup, watched_max })?;
-        // The counters are read before the kernel knows the slot: whatever its last owner left is not ours.
-        let mut watched = Watched::new(&self.loaded, cgroup, slot, None);
+        // What is measured of its last owner is not added any more.
         if let [since] = self.loaded.since.words(slot as usize) {
             since.store(drain::monotonic_ns(), Ordering::Relaxed);
         }
+        // The counters are read before the kernel knows the slot: whatever its last owner left is not ours.
+        let mut watched = Watched::new(&self.loaded, cgroup, slot, None);
         if let Err(source) = self.loaded.watched.insert(cgroup.0, slot, 0) {
             self.free.push_front(slot);
             return Err(SensorError::MapUpdate { name: map::WATCHED, source });
@@ -365,6 +375,13 @@ impl Sensor {
         }
         self.look_for_readers();
         windows
+    }
+
+    /// For how long requests have begun whose latency is measured: all of the time, or a share of it while there are very many
+    /// ([`SensorConfig::sampled_above`]). Zero when latencies are not measured.
+    #[must_use]
+    pub fn requests_measured(&self) -> Duration {
+        self.loaded.requests_measured()
     }
 
     /// Whether what looks for input is attached: it is while a process of a watched cgroup can read any, which [`Self::windows`]

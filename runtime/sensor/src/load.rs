@@ -1,11 +1,16 @@
 //! Loads the BPF object, creates its maps for this host, and attaches each program on its own.
 
-use std::os::fd::AsFd;
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData, PerfEventArray};
-use aya::programs::{FEntry, KProbe, Program, ProgramError, RawTracePoint};
+use aya::programs::{FEntry, KProbe, Program, ProgramError, ProgramFd, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
-use warmswap_events::{CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, global, map};
+use warmswap_events::{
+    CACHE_LANES, ClassAccount, Control, Counters, DISTRIBUTIONS, Histogram, Layout, Places, REQUEST_ROWS, global, map,
+};
 
 use crate::SensorConfig;
 use crate::at_exit::AtExit;
@@ -16,6 +21,7 @@ use crate::layout::{Need, layout_of, syscall_table};
 use crate::mapped::MappedArray;
 use crate::probe_log::{self, ProbeLog};
 use crate::ring::Ring;
+use crate::sampling::{Sampler, Tap};
 use crate::walk::Walk;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/warmswap-probes"));
@@ -37,14 +43,16 @@ pub(crate) struct Loaded {
     pub(crate) walks: Vec<Walk>,
     /// Over the open files of all tasks, for connections that are there already.
     pub(crate) adopt: Option<Walk>,
+    /// `None` when latencies are not measured.
+    pub(crate) sampler: Option<Sampler>,
     pub(crate) cpus: usize,
     pub(crate) counters: MappedArray<Counters>,
-    pub(crate) histograms: MappedArray<Histogram>,
+    pub(crate) histograms: Arc<MappedArray<Histogram>>,
     /// By slot, when it was asked last; see `probes::network`.
     pub(crate) asked: Array<MapData, u64>,
     /// By slot, since when it is watched.
-    pub(crate) since: MappedArray<u64>,
-    pub(crate) control: std::sync::Arc<MappedArray<Control>>,
+    pub(crate) since: Arc<MappedArray<u64>>,
+    pub(crate) control: Arc<MappedArray<Control>>,
     pub(crate) account: MappedArray<ClassAccount>,
     pub(crate) watched: HashMap<MapData, u64, u32>,
     pub(crate) watched_block: HashMap<MapData, u64, u32>,
@@ -53,6 +61,13 @@ pub(crate) struct Loaded {
     pub(crate) bulk: Option<Ring>,
     /// Only when asked for.
     pub(crate) log: Option<ProbeLog>,
+}
+
+impl Loaded {
+    /// See [`crate::Sensor::requests_measured`].
+    pub(crate) fn requests_measured(&self) -> Duration {
+        self.sampler.as_ref().map_or(Duration::ZERO, Sampler::measured)
+    }
 }
 
 /// `Layout` belongs to another crate, so aya's marker needs a type of ours.
@@ -115,9 +130,21 @@ pub(crate) fn load(config: &SensorConfig) -> Result<Loaded, SensorError> {
     let wanted = Wanted { disabled: &config.disabled };
     // aya's own reader, for the type ids of typed tracepoints and of the walk over tasks.
     let types = aya::Btf::from_sys_fs().inspect_err(|error| tracing::info!(%error, "no types of the kernel")).ok();
-    let control = std::sync::Arc::new(mapped(&mut object, map::CONTROL, 1)?);
+    let control = Arc::new(mapped(&mut object, map::CONTROL, 1)?);
+    let histograms = Arc::new(mapped(&mut object, map::HISTOGRAMS, (slots * DISTRIBUTIONS) as usize)?);
+    let since = Arc::new(mapped(&mut object, map::SINCE, slots as usize)?);
     let kernel = Kernel { btf: &btf, layout: &layout.0, types: types.as_ref(), typed: config.typed, control: &control };
-    let Attached { probes, at_exit, walks, adopt } = attach_all(&mut object, &kernel, wanted);
+    let tap = |program, tracepoint, requests| Tap {
+        program,
+        tracepoint,
+        control: Arc::clone(&control),
+        requests,
+        histograms: Arc::clone(&histograms),
+        watched_since: Arc::clone(&since),
+        slots: slots as usize,
+        very_many: config.sampled_above,
+    };
+    let Attached { probes, at_exit, walks, adopt, sampler } = attach_all(&mut object, &kernel, wanted, &tap);
 
     let (slots, cpus) = (slots as usize, cpus as usize);
     Ok(Loaded {
@@ -125,11 +152,12 @@ pub(crate) fn load(config: &SensorConfig) -> Result<Loaded, SensorError> {
         at_exit,
         walks,
         adopt,
+        sampler,
         cpus,
         counters: mapped(&mut object, map::COUNTERS, slots * cpus)?,
-        histograms: mapped(&mut object, map::HISTOGRAMS, slots * DISTRIBUTIONS as usize)?,
+        histograms,
         asked: array(&mut object, map::ASKED)?,
-        since: mapped(&mut object, map::SINCE, slots)?,
+        since,
         control,
         account: mapped(&mut object, map::ACCOUNT, warmswap_events::CLASSES)?,
         watched: hash(&mut object, map::WATCHED)?,
@@ -208,10 +236,14 @@ struct Attached {
     at_exit: Option<AtExit>,
     walks: Vec<Walk>,
     adopt: Option<Walk>,
+    sampler: Option<Sampler>,
 }
 
-fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Attached {
-    let Attached { probes: mut done, mut at_exit, mut walks, mut adopt } = Attached::default();
+/// Makes a [`Tap`] of a program, its tracepoint unless it is typed, and the requests that wait.
+type MakeTap<'a> = &'a dyn Fn(OwnedFd, Option<CString>, MappedArray<Places>) -> Tap;
+
+fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>, tap: MakeTap<'_>) -> Attached {
+    let Attached { probes: mut done, mut at_exit, mut walks, mut adopt, mut sampler } = Attached::default();
     for probe in PROBES {
         let result = match probe.hook {
             _ if wanted.disabled.iter().any(|name| name == probe.name) => {
@@ -220,7 +252,6 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
             _ if let Some(on) = depends_on(probe.name).filter(|on| !is_on(&done, on)) => {
                 Err(format!("{on}, which it depends on, is off"))
             }
-            _ if attach_typed(object, kernel, probe) => Ok(format!("{}, typed", hook_name(probe.hook))),
             Hook::WhileInputIsRead => attach_input(object, kernel, probe, &mut at_exit),
             Hook::Marks => attach_marks(object, kernel, &mut at_exit),
             Hook::Tasks => attach_tasks(object, kernel, probe).map(|walk| {
@@ -232,6 +263,12 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
                 adopt = Some(adopter);
                 hook_name(probe.hook)
             }),
+            Hook::Segments(tracepoint) => {
+                attach_segments(object, kernel, probe, tracepoint, tap).map(|(started, hook)| {
+                    sampler = Some(started);
+                    hook
+                })
+            }
             hook => attach(object, kernel, probe, &done).map(|()| hook_name(hook)),
         };
         if let Err(reason) = &result {
@@ -245,7 +282,7 @@ fn attach_all(object: &mut Ebpf, kernel: &Kernel<'_>, wanted: Wanted<'_>) -> Att
             hook: result.unwrap_or_else(|_| hook_name(probe.hook)),
         });
     }
-    Attached { probes: done, at_exit, walks, adopt }
+    Attached { probes: done, at_exit, walks, adopt, sampler }
 }
 
 fn is_on(done: &[ProbeStatus], probe: &str) -> bool {
@@ -254,7 +291,7 @@ fn is_on(done: &[ProbeStatus], probe: &str) -> bool {
 
 fn hook_name(hook: Hook) -> String {
     match hook {
-        Hook::Tracepoint(name) => format!("tracepoint {name}"),
+        Hook::Tracepoint(name) | Hook::Segments(name) => format!("tracepoint {name}"),
         Hook::Function(name) => format!("fentry {name}"),
         Hook::Tasks => "iterator over tasks".to_owned(),
         Hook::Connections => "iterator over connections".to_owned(),
@@ -371,22 +408,52 @@ fn depends_on(probe: &str) -> Option<&'static str> {
     }
 }
 
-/// Whether the cheaper variant of a probe could be had. When not, the raw one is tried, and says why if it fails too.
-fn attach_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> bool {
-    let (Some(types), Some(name), Hook::Tracepoint(tracepoint)) =
-        (kernel.types_of_arguments(), probe.typed, probe.hook)
-    else {
-        return false;
-    };
-    if met((probe.needs)(kernel.layout)).is_err() {
-        return false;
+/// The typed program, or else the raw one.
+fn attach_segments(
+    object: &mut Ebpf,
+    kernel: &Kernel<'_>,
+    probe: &Probe,
+    tracepoint: &str,
+    tap: MakeTap<'_>,
+) -> Result<(Sampler, String), String> {
+    met((probe.needs)(kernel.layout))?;
+    if !kernel.btf.has_tracepoint(tracepoint) {
+        return Err(format!("this kernel has no tracepoint {tracepoint}"));
     }
-    let Some(Program::BtfTracePoint(program)) = object.program_mut(name) else { return false };
-    match program.load(tracepoint, types).and_then(|()| program.attach()) {
-        Ok(_) => true,
+    let hook = hook_name(probe.hook);
+    let start = |object: &mut Ebpf, program, tracepoint| {
+        let requests = mapped(object, map::REQUESTS, REQUEST_ROWS as usize).map_err(|error| error.to_string())?;
+        Sampler::start(tap(program, tracepoint, requests)).map_err(|error| format!("it cannot be attached: {error}"))
+    };
+    if let Some(program) = load_typed(object, kernel, probe, tracepoint) {
+        match start(object, program, None) {
+            Ok(sampler) => return Ok((sampler, format!("{hook}, typed"))),
+            Err(reason) => tracing::info!(probe = probe.name, reason, "typed variant refused, trying the raw one"),
+        }
+    }
+    let name = (probe.program)(kernel.layout);
+    let Some(Program::RawTracePoint(program)) = object.program_mut(name) else {
+        return Err(format!("the object has no program {name}"));
+    };
+    program.load().map_err(|error| refusal(&error))?;
+    let program = duplicate(program.fd())?;
+    Ok((start(object, program, CString::new(tracepoint).ok())?, hook))
+}
+
+/// Another descriptor of a program that is loaded.
+fn duplicate(program: Result<&ProgramFd, ProgramError>) -> Result<OwnedFd, String> {
+    let program = program.map_err(|error| refusal(&error))?;
+    program.as_fd().try_clone_to_owned().map_err(|error| error.to_string())
+}
+
+fn load_typed(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe, tracepoint: &str) -> Option<OwnedFd> {
+    let (types, name) = (kernel.types_of_arguments()?, probe.typed?);
+    let Program::BtfTracePoint(program) = object.program_mut(name)? else { return None };
+    match program.load(tracepoint, types) {
+        Ok(()) => duplicate(program.fd()).ok(),
         Err(error) => {
             tracing::info!(probe = probe.name, reason = refusal(&error), "typed variant refused, trying the raw one");
-            false
+            None
         }
     }
 }

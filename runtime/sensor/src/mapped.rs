@@ -23,6 +23,8 @@ unsafe impl Words for warmswap_events::Control {}
 unsafe impl Words for warmswap_events::ClassAccount {}
 // SAFETY: as above.
 unsafe impl Words for warmswap_events::Histogram {}
+// SAFETY: repr(C) of u64 and of pairs of u32, without padding.
+unsafe impl Words for warmswap_events::Places {}
 
 /// `length` values of `T`, shared with the kernel.
 #[derive(Debug)]

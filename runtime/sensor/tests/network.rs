@@ -8,29 +8,11 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use support::{Cgroup, window};
-
-/// A socket remembers the cgroup it was made in, so a listener is made by a child in the cgroup and passed out. Here
-/// it is simpler to let a child make it, say its port through a pipe and serve.
-fn listen_in_child() -> (i32, u16) {
-    // SAFETY: system calls on our own stack only.
-    unsafe {
-        let listener = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
-        let mut address: libc::sockaddr_in = std::mem::zeroed();
-        address.sin_family = libc::AF_INET as u16;
-        address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
-        let length = size_of::<libc::sockaddr_in>() as u32;
-        libc::bind(listener, (&raw const address).cast(), length);
-        libc::listen(listener, 16);
-        let mut length = length;
-        libc::getsockname(listener, (&raw mut address).cast(), &raw mut length);
-        (listener, u16::from_be(address.sin_port))
-    }
-}
+use support::{Cgroup, listen, port_from, window};
 
 /// Serves one connection: answers each of `requests` requests of one byte after `delay`, then reads to the end.
 fn serve_one(write: i32, requests: usize, delay: Duration, reset: bool) -> i32 {
-    let (listener, port) = listen_in_child();
+    let (listener, port) = listen();
     let port = port.to_ne_bytes();
     let mut byte = [0u8; 64];
     // SAFETY: system calls on our own descriptors and stack.
@@ -57,13 +39,6 @@ fn serve_one(write: i32, requests: usize, delay: Duration, reset: bool) -> i32 {
         libc::close(connection);
     }
     0
-}
-
-fn port_from(read: &std::os::fd::OwnedFd) -> u16 {
-    let mut port = [0u8; 2];
-    // SAFETY: two bytes of our own stack.
-    assert_eq!(unsafe { libc::read(read.as_raw_fd(), port.as_mut_ptr().cast(), 2) }, 2);
-    u16::from_ne_bytes(port)
 }
 
 #[test]
@@ -181,7 +156,7 @@ fn latency_is_measured_when_the_answer_is_the_last_that_is_said() {
     sensor.watch(cgroup.id).expect("watch");
     let (read, write) = support::pipe();
     let child = cgroup.spawn(|| {
-        let (listener, port) = listen_in_child();
+        let (listener, port) = listen();
         let mut bytes = [0u8; 64];
         // SAFETY: system calls on our own descriptors and stack.
         unsafe {

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -264,4 +265,29 @@ pub fn fork_exec_as(path: &'static std::ffi::CStr, name: &'static std::ffi::CStr
 /// Where temporary files of a test may be on a real disk.
 pub fn scratch() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).to_owned()
+}
+
+/// A socket remembers the cgroup it was made in, so a listener is made by a child in the cgroup and passed out. Here
+/// it is simpler to let a child make it, say its port through a pipe ([`port_from`]) and serve.
+pub fn listen() -> (i32, u16) {
+    // SAFETY: system calls on our own stack only.
+    unsafe {
+        let listener = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+        let mut address: libc::sockaddr_in = std::mem::zeroed();
+        address.sin_family = libc::AF_INET as u16;
+        address.sin_addr.s_addr = u32::from(Ipv4Addr::LOCALHOST).to_be();
+        let length = size_of::<libc::sockaddr_in>() as u32;
+        libc::bind(listener, (&raw const address).cast(), length);
+        libc::listen(listener, 16);
+        let mut length = length;
+        libc::getsockname(listener, (&raw mut address).cast(), &raw mut length);
+        (listener, u16::from_be(address.sin_port))
+    }
+}
+
+pub fn port_from(read: &OwnedFd) -> u16 {
+    let mut port = [0u8; 2];
+    // SAFETY: two bytes of our own stack.
+    assert_eq!(unsafe { libc::read(read.as_raw_fd(), port.as_mut_ptr().cast(), 2) }, 2);
+    u16::from_ne_bytes(port)
 }
