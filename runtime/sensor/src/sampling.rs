@@ -198,14 +198,13 @@ impl Slices {
     fn measure_slices(&mut self) -> Result<(), Ends> {
         let mut last: Option<Slice> = None;
         loop {
-            let begun_ns = self.begin();
-            if let (Some(last), Some(begun_ns)) = (last.take_if(|_| begun_ns.is_some()), begun_ns) {
-                self.add_the_rest(&last, begun_ns);
-            }
-            let Some(begun_ns) = begun_ns else {
+            let Some(begun_ns) = self.begin() else {
                 self.wait(LOOK)?;
                 continue;
             };
+            if let Some(last) = last.take() {
+                self.add_the_rest(&last, begun_ns);
+            }
             let before = self.tap.counts();
             self.wait(SLICE + Duration::from_nanos(begun_ns.saturating_sub(monotonic_ns())))?;
             let lasted = Duration::from_nanos(self.close().saturating_sub(begun_ns));

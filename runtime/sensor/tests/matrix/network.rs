@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::report::Report;
 use crate::stage::{Stage, give, take, tally};
-use crate::support::pipe;
+use crate::support::{pipe, port_from};
 use warmswap_sensor::{Class, Detail, Event, Sensor};
 
 /// Out and in, per family.
@@ -189,13 +189,6 @@ fn transitions(events: &[Event]) -> BTreeMap<String, u64> {
 
 fn named(expected: &[(&str, u64)]) -> BTreeMap<String, u64> {
     expected.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect()
-}
-
-fn port_from(told: &OwnedFd) -> u16 {
-    let mut port = [0u8; 2];
-    // SAFETY: two bytes of our own stack.
-    assert_eq!(unsafe { libc::read(told.as_raw_fd(), port.as_mut_ptr().cast(), 2) }, 2, "the child listens");
-    u16::from_ne_bytes(port)
 }
 
 /// Of all connections of [`serve`], in and out, by the kernel's own count.
