@@ -5,8 +5,9 @@
 use warmswap_tests::{LENIENT, Requirement, Store, needs};
 
 const KEYS: usize = 200;
-/// What version 3 cannot answer as fast as it comes: each request takes it 0.4 ms and more, one after the other.
-const TOO_MUCH_PER_S: f64 = 2000.0;
+/// What version 3 cannot answer as fast as it comes: each request takes it 2 ms and more, one after the other. Those
+/// before it can, on a slow machine too: their p99 is what it is compared with.
+const TOO_MUCH_PER_S: f64 = 1000.0;
 
 #[test]
 fn a_version_that_is_slower_is_rolled_back_and_nobody_loses_anything() {
@@ -22,8 +23,8 @@ fn a_version_that_is_slower_is_rolled_back_and_nobody_loses_anything() {
     std::thread::sleep(std::time::Duration::from_secs(3));
 
     let update = store.update("v3").unwrap();
-    assert_eq!(update.verdict(), "rolled_back", "{}\n{}", update.reason(), store.log());
-    assert!(update.reason().contains("p99") && update.reason().contains("rose"), "{}", update.reason());
+    assert_eq!(update.verdict(), "rolled_back", "{}\n{:?}\n{}", update.reason(), update.report, store.log());
+    assert!(update.reason().contains(" rose from "), "{}", update.reason());
     assert_eq!(update.said.status, Some(3));
     let report = update.report.unwrap();
     assert_eq!(report["blackouts"].as_array().unwrap().len(), 2, "there and back: {report}");

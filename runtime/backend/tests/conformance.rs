@@ -502,7 +502,7 @@ fn a_program_can_speak_and_is_known_by_its_number(place: &Place<'_>) {
     let notify = NamedFd { name: NOTIFY.into(), fd: ours.try_clone().unwrap().into() };
     let mut image = place.image.clone();
     image.env.push(format!("{NOTIFY_VARIABLE}=/elsewhere"));
-    let text = format!("test -w ${NOTIFY_VARIABLE} && echo at=${NOTIFY_VARIABLE}; sleep 100 & wait");
+    let text = format!("sleep 100 & test -w ${NOTIFY_VARIABLE} && echo at=${NOTIFY_VARIABLE}; wait");
     place.backend.create(&script(&image, &one, &text), vec![], vec![notify]).unwrap();
     place.backend.start(&one).unwrap();
     let log = log_with(place.backend, &one, "at=");

@@ -11,7 +11,7 @@ use crate::supervisor::{Notice, Stop, Supervisor};
 
 /// How often VERIFY looks.
 const VERIFY_STEP: Duration = Duration::from_millis(200);
-/// VERIFY ends after this many times its shortest duration, whatever was seen.
+/// VERIFY, and once more what follows a doubt, ends after this many times its shortest duration, whatever was seen.
 const VERIFY_STRETCH: f64 = 10.0;
 /// An owner that is about to be left without a predecessor must answer within this time.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(1);
@@ -71,7 +71,8 @@ impl Supervisor {
                     let requests = attempt.after.map_or(0, |after| after.requests);
                     return Ok(format!("as good as before over {requests} requests"));
                 }
-                Judgement::Continue if began.elapsed() >= longest => {
+                // A doubt has as long to be dispelled as it had to arise.
+                Judgement::Continue if stretch_began.elapsed() >= longest => {
                     self.still_answers(attempt)?;
                     return Ok(format!("nothing worse seen in {:.0} s", longest.as_secs_f64()));
                 }

@@ -66,7 +66,10 @@ pub fn judge(before: &Measurements, after: &Measurements, limits: &Handover) -> 
 pub fn enough(before: &Measurements, after: &Measurements, limits: &Handover) -> Progress {
     let longest = limits.verify_s_min * VERIFY_S_MAX_FACTOR;
     let idle = before.requests_per_s * longest < P50_REQUESTS_MIN as f64;
-    let long = after.seconds >= limits.verify_s_min && (idle || after.requests >= limits.verify_requests_min);
+    // Who waits longer for answers sends less: what does not come for that is evidence too.
+    let slow = after.requests >= P50_REQUESTS_MIN && takes_longer(before, after);
+    let requests = if slow { after.requests.max(expected_requests(before, after) as u64) } else { after.requests };
+    let long = after.seconds >= limits.verify_s_min && (idle || requests >= limits.verify_requests_min);
     if long || after.seconds >= longest {
         return Progress::Enough;
     }
@@ -87,8 +90,13 @@ fn exceeds(before: Option<f64>, after: Option<f64>, ratio_max: f64, rise_min: f6
     (sound && after > ratio_max * before && after - before >= rise_min).then_some((before, after))
 }
 
+/// Requests that would have come as before.
 fn expected_requests(before: &Measurements, after: &Measurements) -> f64 {
     before.requests_per_s * after.seconds
+}
+
+fn takes_longer(before: &Measurements, after: &Measurements) -> bool {
+    matches!((before.p50_us, after.p50_us), (Some(before), Some(after)) if after > before * MEDIAN_RATIO_SLOWER)
 }
 
 fn worse_silence(before: &Measurements, after: &Measurements, _: &Handover) -> Option<String> {
@@ -111,7 +119,7 @@ fn worse_latency(before: &Measurements, after: &Measurements, limits: &Handover)
 
 fn worse_throughput(before: &Measurements, after: &Measurements, limits: &Handover) -> Option<String> {
     let least = before.requests_per_s * limits.throughput_ratio_min;
-    let slower = matches!((before.p50_us, after.p50_us), (Some(b), Some(a)) if a > b * MEDIAN_RATIO_SLOWER);
+    let slower = takes_longer(before, after);
     let worse = after.requests_per_s < least && slower && expected_requests(before, after) >= EXPECTED_REQUESTS_MIN;
     worse.then(|| {
         format!(
@@ -247,6 +255,14 @@ mod tests {
         assert_eq!(enough(&usual(), &after(2.0, 199), &limits), Progress::Continue);
         assert_eq!(enough(&usual(), &after(2.0, 200), &limits), Progress::Enough);
         assert_eq!(enough(&usual(), &after(20.0, 0), &limits), Progress::Enough);
+        // Clients that wait for answers send less: what does not come for that is evidence too, once a median is known.
+        let overloaded = |requests| Measurements { p50_us: Some(700_000.0), p99_us: None, ..after(2.0, requests) };
+        assert_eq!(enough(&usual(), &overloaded(19), &limits), Progress::Continue);
+        assert_eq!(enough(&usual(), &overloaded(20), &limits), Progress::Enough);
+        assert_eq!(
+            reason(&overloaded(20)).as_deref(),
+            Some("p50 rose from 0.1 ms to 700 ms, above 2.0 × its baseline")
+        );
         let idle = Measurements { requests: 5, requests_per_s: 0.5, ..usual() };
         assert_eq!(enough(&idle, &after(1.9, 0), &limits), Progress::Continue);
         assert_eq!(enough(&idle, &after(2.0, 0), &limits), Progress::Enough, "nothing would come to compare");

@@ -355,16 +355,22 @@ fn attach_tasks(object: &mut Ebpf, kernel: &Kernel<'_>, probe: &Probe) -> Result
     ];
     met((probe.needs)(kernel.layout))?;
     let walk = attach_walk(object, kernel, "walk", "task", None)?;
-    for (name, tracepoint) in HAPPENS {
-        match object.program_mut(name) {
-            Some(Program::BtfTracePoint(program)) => {
-                program.load(tracepoint, kernel.types()?).map_err(|error| refusal(&error))?;
-                program.attach().map_err(|error| refusal(&error))?;
+    let all = HAPPENS.iter().try_for_each(|(name, tracepoint)| match object.program_mut(name) {
+        Some(Program::BtfTracePoint(program)) => {
+            program.load(tracepoint, kernel.types()?).map_err(|error| refusal(&error))?;
+            program.attach().map(drop).map_err(|error| refusal(&error))
+        }
+        _ => Err(format!("the object has no program {name}")),
+    });
+    if all.is_err() {
+        for (name, _) in HAPPENS {
+            if let Some(Program::BtfTracePoint(program)) = object.program_mut(name) {
+                // Or those before the refused one would go on being called. Fails for what is not loaded.
+                let _ = program.unload();
             }
-            _ => return Err(format!("the object has no program {name}")),
         }
     }
-    Ok(walk)
+    all.map(|()| walk)
 }
 
 /// The sweep through connections, and what finds those that are there already.

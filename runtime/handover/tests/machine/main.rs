@@ -26,7 +26,7 @@ use warmswap_model::{
 };
 
 use service::Behaviour;
-use stage::{Client, Deed, Director, Orders, Writer};
+use stage::{Client, Deed, Director, Orders, Worse, Writer};
 
 /// Set in the processes that are the service.
 const IS_SERVICE: &str = "WARMSWAP_TEST_IS_SERVICE";
@@ -63,8 +63,9 @@ fn any_step() -> impl Strategy<Value = Step> {
     let phases = vec![Phase::Reserve, Phase::Warm, Phase::Sync, Phase::Quiesce, Phase::Verify, Phase::Commit];
     let deeds = vec![Deed::KillOld, Deed::KillNew, Deed::Crash, Deed::Cancel];
     let deed = (prop::sample::select(phases), prop::sample::select(deeds));
-    let orders = (any::<bool>(), prop_oneof![1 => Just(None), 1 => deed.prop_map(Some)])
-        .prop_map(|(worse, deed)| Orders { worse: worse && deed.is_none(), deed });
+    let worse = prop_oneof![5 => Just(None), 4 => Just(Some(Worse::Certain)), 1 => Just(Some(Worse::Late))];
+    let orders = (worse, prop_oneof![1 => Just(None), 1 => deed.prop_map(Some)])
+        .prop_map(|(worse, deed)| Orders { worse: worse.filter(|_| deed.is_none()), deed });
     let behaviour = prop_oneof![
         8 => Just(Behaviour::Good),
         2 => Just(Behaviour::Slow),
@@ -146,7 +147,7 @@ fn expected(model: &Model, to: Behaviour, orders: &Orders, fault: Option<(Call, 
         Some((Phase::Verify, Deed::KillNew | Deed::Cancel)) => [rolled_back].into(),
         // Asked for in QUIESCE: the next phase that looks is VERIFY.
         Some((Phase::Quiesce, Deed::Cancel)) => [rolled_back].into(),
-        _ if orders.worse => [rolled_back].into(),
+        _ if orders.worse.is_some() => [rolled_back].into(),
         _ => [committed].into(),
     }
 }
@@ -183,7 +184,7 @@ impl System {
         let text = format!(
             "name = \"machine\"\nimage = {:?}\ncommand = [\"/bin/service\", \"--exact\", \"{THE_SERVICE}\", \"--nocapture\"]\n\
              [env]\n{IS_SERVICE} = \"1\"\n[listen.lines]\naddress = \"{free}\"\n\
-             [handover]\nwarm_s_max = 2\nsync_s_max = 5\nquiesce_ms_max = 500\nverify_s_min = 0.2\ndrain_s_max = 5\n",
+             [handover]\nwarm_s_max = 2\nsync_s_max = 5\nquiesce_ms_max = 500\nverify_s_min = 0.1\ndrain_s_max = 5\n",
             images[&Behaviour::Good]
         );
         let file = ServiceFile::parse("machine.toml", &text).unwrap();

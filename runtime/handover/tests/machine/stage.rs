@@ -50,9 +50,18 @@ pub(crate) enum Deed {
     Cancel,
 }
 
+/// How the new generation turns out to be worse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Worse {
+    /// At once, beyond doubt.
+    Certain,
+    /// As VERIFY would end, and in doubt: so few requests are there to judge by.
+    Late,
+}
+
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Orders {
-    pub(crate) worse: bool,
+    pub(crate) worse: Option<Worse>,
     pub(crate) deed: Option<(Phase, Deed)>,
 }
 
@@ -81,15 +90,17 @@ impl Director {
 }
 
 impl Conditions for Director {
-    fn measure(&self, _service: &ServiceName, _length: Duration) -> Option<Measurements> {
-        None
+    fn measure(&self, _service: &ServiceName, length: Duration) -> Option<Measurements> {
+        Some(Measurements { seconds: length.as_secs_f64(), ..Measurements::default() })
     }
 
-    fn judge(&self, _: Option<&Measurements>, _: Option<&Measurements>, _: &Handover) -> Judgement {
-        if self.standing.lock().unwrap().orders.worse {
-            Judgement::Worse { reason: "it was ordered".into(), certain: true }
-        } else {
-            Judgement::Accept
+    fn judge(&self, _: Option<&Measurements>, after: Option<&Measurements>, limits: &Handover) -> Judgement {
+        let worse = |certain| Judgement::Worse { reason: "it was ordered".into(), certain };
+        match self.standing.lock().unwrap().orders.worse {
+            None => Judgement::Accept,
+            Some(Worse::Certain) => worse(true),
+            Some(Worse::Late) if after.is_some_and(|after| after.seconds >= 10.0 * limits.verify_s_min) => worse(false),
+            Some(Worse::Late) => Judgement::Continue,
         }
     }
 
