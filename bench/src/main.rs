@@ -6,10 +6,12 @@
 //!
 //! Exit codes: 0 measured; 1 something that must never be was seen, or it failed; 2 wrong arguments; 130 interrupted.
 
+mod forecast;
 mod gaps;
 mod handover;
 mod hogs;
 mod host;
+mod infer;
 mod interrupt;
 mod line;
 mod peers;
@@ -44,6 +46,10 @@ enum Suite {
     Transfer(Options),
     /// What the probes cost whom they watch and who listens to them, and what they lose, beside bpftrace and libbpf-tools.
     Probes(probes::Options),
+    /// Forecasts on real traces, beside the baselines with the same calibration.
+    Forecast(forecast::Options),
+    /// What a forecast costs: the step beside ONNX Runtime, a tick of 1,000 profiles, the memory of 10,000.
+    Infer(Options),
     /// The other process of `transfer`.
     #[command(name = transfer::receiver::COMMAND, hide = true)]
     Receive,
@@ -85,6 +91,8 @@ fn run(args: Args) -> Result<ExitCode> {
         Suite::Handover(options) => measure("handover", &options, handover::run),
         Suite::Transfer(options) => measure("transfer", &options, transfer::run),
         Suite::Probes(options) => measure("probes", &options.common, |_, _| probes::run(&options)),
+        Suite::Forecast(options) => measure("forecast", &options.common, |_, _| forecast::run(&options)),
+        Suite::Infer(options) => measure("infer", &options, infer::run),
         Suite::Work => probes::worker::run().map(|()| ExitCode::SUCCESS),
         Suite::Receive => transfer::receiver::run().map(|()| ExitCode::SUCCESS),
         Suite::Burn => match hogs::burn()? {},

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use warmswap_agent::api::{Band, ForecastAnswer, LstmState};
-use warmswap_model::{Champion, Resource, ServiceName};
+use warmswap_model::{Resource, ServiceName};
 
 use super::Here;
 use crate::client::Client;
@@ -51,7 +51,7 @@ pub(super) fn forecast(here: &Here, service: &ServiceName) -> Result<ExitCode> {
             number(own.band.q95),
             number(own.band.q99),
             own.unit.clone(),
-            champion(own.champion).into(),
+            own.champion.name().into(),
             own.coverage90.map_or_else(|| "–".into(), |share| format!("{:.0} %", share * 100.0)),
             own.why.clone(),
         ]);
@@ -64,14 +64,6 @@ pub(super) fn forecast(here: &Here, service: &ServiceName) -> Result<ExitCode> {
         say(&format!("reserve {line}"));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn champion(champion: Champion) -> &'static str {
-    match champion {
-        Champion::LastValue => "last value",
-        Champion::Linear => "linear",
-        Champion::Lstm => "lstm",
-    }
 }
 
 /// What was forecast (the 90 % interval as a shade) and what came (dots), newest to the right.

@@ -58,6 +58,10 @@ impl Conditions for AgentConditions {
         Some(measured)
     }
 
+    fn begin_measuring(&self) {
+        self.shared.observatory.cut();
+    }
+
     fn judge(&self, before: Option<&Measurements>, after: Option<&Measurements>, limits: &Handover) -> Judgement {
         let after = match after {
             Some(after) => after,

@@ -315,6 +315,11 @@ impl Observatory {
         }
     }
 
+    /// What is counted from now on is apart from what was counted before.
+    pub(crate) fn cut(&self) {
+        Self::poll(&mut lock(&self.inner));
+    }
+
     /// The service over the last `length`; `None` when it is not watched or there are no probes.
     pub(crate) fn measure(&self, service: &ServiceName, length: Duration) -> Option<Measurements> {
         let mut inner = lock(&self.inner);

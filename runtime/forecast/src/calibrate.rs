@@ -20,7 +20,7 @@ const WINDOW: usize = 256;
 /// Until there are so many, every score is kept.
 const STRIDE_FROM: usize = 64;
 /// A score beyond this is as surprising as it gets.
-const SCORE_MAX: f64 = 1e6;
+const SCORE_MAX: f64 = 1e30;
 /// Scores that the candidate's own distribution counts for at the start; it counts for nothing after `PRIOR_UNTIL`.
 const PRIOR: f64 = 12.0;
 const PRIOR_UNTIL: usize = 64;
@@ -231,6 +231,57 @@ impl Tracker {
     }
 }
 
+/// Where the levels lie on a normal distribution.
+const NORMAL: [f64; LEVELS] = [-1.645, 0.0, 1.282, 1.645, 2.326];
+/// Shifts beyond this, in deviations, are those of a curve that has nothing to do with the series.
+const SHIFT_MAX: f64 = 12.0;
+
+/// Adaptive calibration of quantiles that somebody gives: a level is looked up elsewhere on the same curve, on an axis on which
+/// a normal distribution is a straight line. Where the value comes in below too often, the lookup moves down, otherwise up.
+/// The widths stay those that were given for this moment.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Shifts([f64; LEVELS]);
+
+impl Shifts {
+    pub(crate) fn band(&self, points: &Points) -> [f64; LEVELS] {
+        let mut band: [f64; LEVELS] =
+            std::array::from_fn(|level| at_deviation(points, NORMAL[level] + self.0[level]).max(0.0));
+        sort(&mut band);
+        band
+    }
+
+    /// `rate` is in deviations.
+    pub(crate) fn score(&mut self, band: &[f64; LEVELS], actual: f64, rate: f64) {
+        for ((shift, level), value) in self.0.iter_mut().zip(Quantiles::LEVELS).zip(band) {
+            let under = if actual < *value {
+                1.0
+            } else if actual == *value {
+                level
+            } else {
+                0.0
+            };
+            *shift = (*shift + rate * (level - under)).clamp(-SHIFT_MAX, SHIFT_MAX);
+        }
+    }
+
+    pub(crate) fn is_sound(&self) -> bool {
+        self.0.iter().all(|shift| shift.abs() <= SHIFT_MAX)
+    }
+}
+
+/// The curve through the points, and on as steep as it is between its middle and its ends.
+fn at_deviation(points: &Points, deviation: f64) -> f64 {
+    const LAST: usize = LEVELS - 1;
+    let slope = |from: usize, to: usize| (points[to] - points[from]) / (NORMAL[to] - NORMAL[from]);
+    if deviation <= NORMAL[0] {
+        return points[0] + (deviation - NORMAL[0]) * slope(0, 1);
+    }
+    match (1..LEVELS).find(|at| deviation <= NORMAL[*at]) {
+        Some(at) => points[at] + (deviation - NORMAL[at]) * slope(at - 1, at),
+        None => points[LAST] + (deviation - NORMAL[LAST]) * slope(1, LAST).max(slope(LAST - 1, LAST)),
+    }
+}
+
 /// How fast a tracker learns and forgets.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rates {
@@ -261,15 +312,14 @@ pub(crate) fn around(centre: f64, error: f64) -> Points {
 
 /// Mean pinball loss over the five levels, in the unit of the series.
 pub(crate) fn pinball(band: &[f64; LEVELS], actual: f64) -> f64 {
-    let sum: f64 = Quantiles::LEVELS
-        .iter()
-        .zip(band)
-        .map(|(level, value)| {
-            let over = actual - value;
-            if over >= 0.0 { level * over } else { (level - 1.0) * over }
-        })
-        .sum();
+    let sum: f64 = band.iter().enumerate().map(|(level, value)| pinball_at(level, *value, actual)).sum();
     sum / LEVELS as f64
+}
+
+/// Pinball loss of one level.
+pub(crate) fn pinball_at(level: usize, value: f64, actual: f64) -> f64 {
+    let (level, over) = (Quantiles::LEVELS[level], actual - value);
+    if over >= 0.0 { level * over } else { (level - 1.0) * over }
 }
 
 /// Whether the value lies in the 90 % interval.

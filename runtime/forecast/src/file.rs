@@ -1,7 +1,7 @@
-//! The saved form of a forecaster.
+//! The saved form of a forecaster, and of an outlook.
 //!
 //! ```text
-//! 0   magic "WSWPFCST"                8 bytes
+//! 0   magic "WSWPFCST" or "WSWPOUTL"  8 bytes
 //! 8   version, u32 little endian      4
 //! 12  length of the body, u64 LE      8
 //! 20  body, postcard
@@ -10,6 +10,7 @@
 //!
 //! The digest finds damage, not forgery: whoever may write the state folder may also write a valid image.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use warmswap_model::ServiceName;
@@ -18,8 +19,9 @@ use crate::ForecastConfig;
 use crate::lstm::ModelWeights;
 use crate::profile::Profile;
 
-const MAGIC: &[u8; 8] = b"WSWPFCST";
-const VERSION: u32 = 2;
+const FORECASTER: &[u8; 8] = b"WSWPFCST";
+pub(crate) const OUTLOOK: &[u8; 8] = b"WSWPOUTL";
+const VERSION: u32 = 3;
 const HEADER: usize = 20;
 const DIGEST: usize = 32;
 /// Larger than any image that is written: 100,000 profiles are below it.
@@ -28,7 +30,7 @@ const BODY_MAX: u64 = 1 << 30;
 /// Why a saved forecaster, or weights, were refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImportError {
-    #[error("it is no forecast image: it does not begin with {:?}", "WSWPFCST")]
+    #[error("it is no image of this kind of forecast: it does not begin as one")]
     NotAnImage,
     #[error("it has version {found} and this warmswap knows {known}: it starts again from the baselines")]
     OtherVersion { found: u32, known: u32 },
@@ -68,11 +70,18 @@ pub(crate) fn write(
     weights: Option<&ModelWeights>,
     services: &[(&ServiceName, &Profile)],
 ) -> Vec<u8> {
-    let body = BodyRef { step_ms: config.step_ms, horizon_steps: config.horizon_steps as u64, weights, services };
+    seal(
+        FORECASTER,
+        &BodyRef { step_ms: config.step_ms, horizon_steps: config.horizon_steps as u64, weights, services },
+    )
+}
+
+/// An image of this body.
+pub(crate) fn seal(magic: &[u8; 8], body: &impl Serialize) -> Vec<u8> {
     // Plain data in memory always encodes; an empty body would be refused when read.
-    let body = postcard::to_stdvec(&body).unwrap_or_default();
+    let body = postcard::to_stdvec(body).unwrap_or_default();
     let mut image = Vec::with_capacity(HEADER + body.len() + DIGEST);
-    image.extend(MAGIC);
+    image.extend(magic);
     image.extend(VERSION.to_le_bytes());
     image.extend((body.len() as u64).to_le_bytes());
     image.extend(body);
@@ -81,9 +90,10 @@ pub(crate) fn write(
     image
 }
 
-pub(crate) fn read(image: &[u8], config: &ForecastConfig) -> Result<Content, ImportError> {
+/// The body of an image that is whole and of this version.
+pub(crate) fn open<B: DeserializeOwned>(expected: &[u8; 8], image: &[u8]) -> Result<B, ImportError> {
     let Some((magic, rest)) = image.split_first_chunk::<8>() else { return Err(ImportError::NotAnImage) };
-    if magic != MAGIC {
+    if magic != expected {
         return Err(ImportError::NotAnImage);
     }
     let have = image.len() as u64;
@@ -103,8 +113,12 @@ pub(crate) fn read(image: &[u8], config: &ForecastConfig) -> Result<Content, Imp
     if Sha256::digest(signed).as_slice() != digest {
         return Err(ImportError::Damaged);
     }
+    postcard::from_bytes(&signed[HEADER..]).map_err(|error| ImportError::BadContent { what: error.to_string() })
+}
+
+pub(crate) fn read(image: &[u8], config: &ForecastConfig) -> Result<Content, ImportError> {
+    let body: Body = open(FORECASTER, image)?;
     let bad = |what: String| ImportError::BadContent { what };
-    let body: Body = postcard::from_bytes(&signed[HEADER..]).map_err(|error| bad(error.to_string()))?;
     if (body.step_ms, body.horizon_steps) != (config.step_ms, config.horizon_steps as u64) {
         let clock = |step_ms: u64, steps: u64| format!("{steps} steps of {step_ms} ms");
         return Err(ImportError::OtherClock {

@@ -169,9 +169,7 @@ impl Forecaster {
     pub fn install(&mut self, weights: ModelWeights) -> Result<(), ImportError> {
         weights.check().map_err(|what| ImportError::BadContent { what: what.to_owned() })?;
         let network = Network::new(&weights);
-        let continues = self.model.as_ref().is_some_and(|(now, _)| {
-            now.lineage == weights.lineage && now.steps <= weights.steps && weights.validation.is_no_worse()
-        });
+        let continues = self.model.as_ref().is_some_and(|(now, _)| weights.continues(now));
         for profile in &mut self.profiles {
             profile.empty_state();
             if !continues {

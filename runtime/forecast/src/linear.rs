@@ -10,8 +10,6 @@ use crate::series::CHANGE_MAX;
 
 pub(crate) const INPUTS: usize = 8;
 
-/// Forgetting per step: half of the weight is younger than about 350 steps.
-const KEEP: f32 = 0.998;
 const SOLVE_EVERY: u32 = 12;
 /// Steps before the coefficients are used.
 const READY: u32 = 24;
@@ -48,16 +46,17 @@ impl Linear {
         self.weights.iter().zip(inputs).map(|(w, x)| w * x).sum()
     }
 
-    /// `change` is what the value did over the horizon, in scales of when `inputs` were taken.
-    pub(crate) fn learn(&mut self, inputs: &[f32; INPUTS], change: f32) {
+    /// `change` is what the value did over the horizon, in scales of when `inputs` were taken; `keep` is what is left of the
+    /// weight of what was learned before.
+    pub(crate) fn learn(&mut self, inputs: &[f32; INPUTS], change: f32, keep: f32) {
         let change = change.clamp(-CHANGE_MAX, CHANGE_MAX);
         let weight = 1.0 / (change - self.dot(inputs)).abs().max(RESIDUAL_MIN);
         for (row, left) in inputs.iter().enumerate() {
             let weighted = weight * left;
             for (sum, right) in self.normal[row].iter_mut().zip(inputs) {
-                *sum = KEEP * *sum + weighted * right;
+                *sum = keep * *sum + weighted * right;
             }
-            self.right[row] = KEEP * self.right[row] + weighted * change;
+            self.right[row] = keep * self.right[row] + weighted * change;
         }
         self.learned = self.learned.saturating_add(1);
         if self.learned.is_multiple_of(SOLVE_EVERY) {

@@ -4,7 +4,7 @@
 //! z [rows × 64] = inputs (32) | hidden of the step before (32)
 //! gates [rows × 128] = z · W + b          W in blocks of 16 columns, so that a block stays in the nearest cache
 //! i, f, o = σ(gates 0..96)   g = tanh(gates 96..128)   c = f·c + i·g   h = o·tanh(c)
-//! raw [rows × 20] = h · V + v             level-major: [median | below | to q90 | to q95 | to q99] × 4 resources
+//! raw [rows × 20] = h · V + v             level-major: [median | below | to q90 | to q95 | to q99] × 4 targets
 //! ```
 //!
 //! Quantiles cannot cross: the network gives a median and four widths, each through [`width`], which is positive.
@@ -18,8 +18,9 @@ use crate::calibrate::LEVELS;
 pub(crate) const INPUTS: usize = 32;
 pub(crate) const HIDDEN: usize = 32;
 pub(crate) const GATES: usize = 4 * HIDDEN;
-pub(crate) const RESOURCES: usize = 4;
-pub(crate) const OUTPUTS: usize = LEVELS * RESOURCES;
+/// What is forecast at once: the resources of a profile, or the horizons of a series.
+pub(crate) const TARGETS: usize = 4;
+pub(crate) const OUTPUTS: usize = LEVELS * TARGETS;
 pub(crate) const ROW: usize = INPUTS + HIDDEN;
 
 /// Columns of one block of weights.
@@ -77,7 +78,7 @@ impl ModelWeights {
         let widths = [0.0, 1.8, 1.25, 0.55, 1.25];
         let mut head_bias = vec![0.0; OUTPUTS];
         for (level, wide) in widths.iter().enumerate().skip(1) {
-            head_bias[level * RESOURCES..(level + 1) * RESOURCES].fill(width_inverse(*wide));
+            head_bias[level * TARGETS..(level + 1) * TARGETS].fill(width_inverse(*wide));
         }
         Self {
             gates: (0..ROW * GATES).map(|_| spread * random()).collect(),
@@ -89,6 +90,27 @@ impl ModelWeights {
             trained_until_unix_ms: 0,
             validation: Validation::default(),
         }
+    }
+
+    /// Moves a share of the way to other weights; the rest of it is theirs.
+    pub(crate) fn follow(&mut self, to: &Self, share: f32) {
+        let pairs = [
+            (&mut self.gates, &to.gates),
+            (&mut self.gates_bias, &to.gates_bias),
+            (&mut self.head, &to.head),
+            (&mut self.head_bias, &to.head_bias),
+        ];
+        for (mine, theirs) in pairs {
+            for (mine, theirs) in mine.iter_mut().zip(theirs) {
+                *mine += share * (theirs - *mine);
+            }
+        }
+        (self.steps, self.trained_until_unix_ms) = (to.steps, to.trained_until_unix_ms);
+    }
+
+    /// Whether these were trained on from `now` and came out no worse.
+    pub(crate) fn continues(&self, now: &Self) -> bool {
+        now.lineage == self.lineage && now.steps <= self.steps && self.validation.is_no_worse()
     }
 
     /// Whether every part has its size and every number is finite and of a size that training can produce.
@@ -111,6 +133,74 @@ impl ModelWeights {
     }
 }
 
+/// The step by itself, to be measured, and compared with the same network elsewhere.
+#[derive(Debug, Clone)]
+pub struct Stepper {
+    network: Network,
+    batch: Batch,
+}
+
+/// The matrices of a network, for whoever runs it elsewhere. Row-major; gates in the order i, f, o, g.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Matrices {
+    pub inputs: usize,
+    pub hidden: usize,
+    pub outputs: usize,
+    /// `[inputs + hidden][4 · hidden]`.
+    pub gates: Vec<f32>,
+    pub gates_bias: Vec<f32>,
+    /// `[hidden][outputs]`.
+    pub head: Vec<f32>,
+    pub head_bias: Vec<f32>,
+}
+
+impl Stepper {
+    /// A network of weights that mean nothing and depend only on `seed`, with the state of `rows` rows.
+    #[must_use]
+    pub fn of_anything(seed: u64, rows: usize) -> (Self, Matrices) {
+        let weights = Self::weights_of_anything(seed);
+        let mut batch = Batch::default();
+        batch.resize(rows);
+        let matrices = Matrices {
+            inputs: INPUTS,
+            hidden: HIDDEN,
+            outputs: OUTPUTS,
+            gates: weights.gates.clone(),
+            gates_bias: weights.gates_bias.clone(),
+            head: weights.head.clone(),
+            head_bias: weights.head_bias.clone(),
+        };
+        (Self { network: Network::new(&weights), batch }, matrices)
+    }
+
+    /// Weights that mean nothing and depend only on `seed`.
+    #[must_use]
+    pub fn weights_of_anything(seed: u64) -> ModelWeights {
+        let mut random = crate::random::Random::new(seed);
+        let mut weights = ModelWeights::untrained(0, || random.signed());
+        weights.head.fill_with(|| random.signed());
+        weights
+    }
+
+    /// Empties the state, and has every input be this.
+    pub fn begin(&mut self, input: f32) {
+        for row in 0..self.batch.rows {
+            self.batch.set(row, &[input; INPUTS], &[0.0; HIDDEN], &[0.0; HIDDEN]);
+        }
+    }
+
+    /// One step of all rows, with the same inputs and the state of the step before.
+    pub fn step(&mut self) {
+        self.network.step(&mut self.batch);
+    }
+
+    /// What the network gives for a row.
+    #[must_use]
+    pub fn outputs(&self, row: usize) -> &[f32] {
+        self.batch.raw(row)
+    }
+}
+
 /// A positive width from any number: smooth, about `x` for large `x`, 1 at 0; without exp, so it vectorises.
 pub(crate) fn width(x: f32) -> f32 {
     0.5 * (x + (x * x + 4.0).sqrt())
@@ -120,9 +210,9 @@ fn width_inverse(y: f32) -> f32 {
     y - 1.0 / y
 }
 
-/// Quantiles in the order of the levels, for one resource, from the raw outputs of one row.
-pub(crate) fn quantiles(raw: &[f32], resource: usize) -> [f32; LEVELS] {
-    let at = |level: usize| raw[level * RESOURCES + resource];
+/// Quantiles in the order of the levels, of one target, from the raw outputs of one row.
+pub(crate) fn quantiles(raw: &[f32], target: usize) -> [f32; LEVELS] {
+    let at = |level: usize| raw[level * TARGETS + target];
     let q50 = at(0);
     let q90 = q50 + width(at(2));
     let q95 = q90 + width(at(3));
@@ -414,8 +504,8 @@ mod tests {
     fn raw_outputs_become_quantiles_that_never_cross() {
         for step in -50..50 {
             let raw: Vec<f32> = (0..OUTPUTS).map(|k| (step * (k as i32 % 7 - 3)) as f32).collect();
-            for resource in 0..RESOURCES {
-                let q = quantiles(&raw, resource);
+            for target in 0..TARGETS {
+                let q = quantiles(&raw, target);
                 assert!(q.windows(2).all(|pair| pair[0] <= pair[1]), "{q:?}");
             }
         }

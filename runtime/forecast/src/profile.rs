@@ -8,7 +8,7 @@ use warmswap_model::{Champion, FeatureWindow, Quantiles, Resource};
 
 use crate::ForecastConfig;
 use crate::calibrate::{COVERAGE_MIN, LEVELS, Mean, Points, Rates, Tracker, around, inside};
-use crate::lstm::{HIDDEN, INPUTS, RESOURCES, quantiles};
+use crate::lstm::{HIDDEN, INPUTS, TARGETS, quantiles};
 use crate::series::{SERIES_INPUTS, Series, View, squash};
 
 /// The candidates and whom they stand for. The LSTM stands twice: with a band as wide as its recent errors, and with
@@ -38,12 +38,16 @@ const PROBE_MEMORY: f32 = 300.0;
 /// Steps over which confidence is averaged, and the wrong forecasts it begins with.
 const CONFIDENCE_MEMORY: f64 = 120.0;
 const CONFIDENCE_PRIOR: f64 = 3.0;
+/// What is left of the weight of what the linear models learned, after a step: half of it is younger than about 350 steps.
+const LINEAR_KEEP: f32 = 0.998;
+
+const RESOURCES: usize = Resource::ALL.len();
 
 /// What the network sees of one step, and what came of it: changes against the linear model's median, in scales.
 #[derive(Debug, Clone)]
 pub(crate) struct Sample {
     pub(crate) inputs: [f32; INPUTS],
-    pub(crate) targets: Option<[f32; RESOURCES]>,
+    pub(crate) targets: Option<[f32; TARGETS]>,
 }
 
 /// One resource's forecast as it was given.
@@ -229,7 +233,7 @@ impl Profile {
                     tracker.score(&given.points[who], &given.bands[who], given.floor, actual, &rates);
                 }
             }
-            self.series[at].linear.learn(&view.linear_inputs, ((actual - view.last) / view.scale) as f32);
+            self.series[at].linear.learn(&view.linear_inputs, ((actual - view.last) / view.scale) as f32, LINEAR_KEEP);
             let band = &given.bands[given.champion];
             self.served_covered[at].add(f64::from(u8::from(inside(band, actual))), config.coverage_memory_steps);
             let allowed = (config.confidence_tolerance * actual).max(config.confidence_floor[Resource::ALL[at]]);

@@ -83,14 +83,6 @@ impl ResourceReport {
     }
 }
 
-pub(crate) const fn name(champion: Champion) -> &'static str {
-    match champion {
-        Champion::LastValue => "last value",
-        Champion::Linear => "linear",
-        Champion::Lstm => "lstm",
-    }
-}
-
 fn why(resource: Resource, champion: Champion, candidates: &[CandidateReport]) -> String {
     let unit = resource.unit();
     let loss_of = |candidate: &CandidateReport| candidate.loss.filter(|_| candidate.may_serve);
@@ -98,9 +90,9 @@ fn why(resource: Resource, champion: Champion, candidates: &[CandidateReport]) -
     let best_other = candidates
         .iter()
         .filter(|c| c.candidate != champion)
-        .filter_map(|c| Some((loss_of(c)?, name(c.candidate))))
+        .filter_map(|c| Some((loss_of(c)?, c.candidate.name())))
         .min_by(|a, b| a.0.total_cmp(&b.0));
-    let who = name(champion);
+    let who = champion.name();
     match (own, best_other) {
         (Some(own), Some((other, other_name))) => {
             format!("{who} has a recent loss of {own:.3} {unit}, {other_name} of {other:.3}")

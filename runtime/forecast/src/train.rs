@@ -10,16 +10,14 @@
 use std::ops::ControlFlow;
 
 use burn::module::{Module, Param};
-use burn::optim::{AdamConfig, GradientsParams};
+use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::activation::{relu, sigmoid};
 use burn::tensor::{Device, Tensor, TensorData};
 use warmswap_model::{FeatureWindow, Quantiles};
 
 use crate::ForecastConfig;
 use crate::calibrate::LEVELS;
-use crate::lstm::{
-    Batch, GATES, HIDDEN, INPUTS, ModelWeights, Network, OUTPUTS, RESOURCES, ROW, Validation, quantiles,
-};
+use crate::lstm::{Batch, GATES, HIDDEN, INPUTS, ModelWeights, Network, OUTPUTS, ROW, TARGETS, Validation, quantiles};
 use crate::profile::{Profile, Sample};
 use crate::random::Random;
 
@@ -31,10 +29,12 @@ const ROWS: usize = 32;
 const WARM_UP: usize = 8;
 /// Steps a row walks before it jumps.
 const WALK_MAX: usize = 512;
-/// Training steps between two looks at the held-out part.
-const VALIDATE_EVERY: usize = 20;
 /// Share of a slice that is held out.
 const HELD_OUT: f64 = 0.2;
+/// What is kept is a mean of the weights of the last few hundred steps: single steps follow the noise of their chunk.
+const MEAN_SHARE: f32 = 0.003;
+/// Weights that nothing needs fade.
+const WEIGHT_DECAY: f32 = 0.05;
 /// Samples needed to train at all.
 pub(crate) const SAMPLES_MIN: usize = 90;
 /// Targets beyond this many scales count as this many.
@@ -49,11 +49,13 @@ pub struct TrainConfig {
     pub learning_rate: f64,
     /// Stop when the held-out loss has not improved for this many steps.
     pub patience_steps: usize,
+    /// Steps between two looks at the held-out part.
+    pub look_every_steps: usize,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        Self { seed: 1, steps_max: 600, learning_rate: 4e-3, patience_steps: 200 }
+        Self { seed: 1, steps_max: 600, learning_rate: 4e-3, patience_steps: 200, look_every_steps: 20 }
     }
 }
 
@@ -92,7 +94,15 @@ pub fn train(
     keep_going: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<ModelWeights, TrainError> {
     let forecast = forecast.clone().sane();
-    let slices: Vec<Prepared> = slices.iter().filter_map(|slice| Prepared::new(slice, &forecast)).collect();
+    train_on(slices.iter().filter_map(|slice| Prepared::new(slice, &forecast)).collect(), config, start, keep_going)
+}
+
+pub(crate) fn train_on(
+    slices: Vec<Prepared>,
+    config: &TrainConfig,
+    start: Option<&ModelWeights>,
+    keep_going: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<ModelWeights, TrainError> {
     let have = slices.iter().map(|slice| slice.samples.len()).sum();
     if have < SAMPLES_MIN {
         return Err(TrainError::TooLittleHistory { have, need: SAMPLES_MIN });
@@ -106,12 +116,15 @@ pub fn train(
 
     let device = Device::flex().autodiff();
     let mut model = Lstm::new(&start, &device);
-    let mut optimizer =
-        AdamConfig::new().with_grad_clipping(Some(burn::grad_clipping::GradientClippingConfig::Norm(1.0))).init();
+    let mut optimizer = AdamWConfig::new()
+        .with_weight_decay(WEIGHT_DECAY)
+        .with_grad_clipping(Some(burn::grad_clipping::GradientClippingConfig::Norm(1.0)))
+        .init();
     let mut walkers = Walkers::new(&slices, &mut random);
     let loss_before = held_out_loss(&start, &slices);
     let samples = slices.iter().map(|slice| (slice.samples.len() - slice.train_len) as u64).sum();
     let mut best = start.clone();
+    let mut mean = start.clone();
     let mut best_loss = loss_before;
     let mut best_step = None;
     let mut last_look = None;
@@ -125,9 +138,10 @@ pub fn train(
         let rate = config.learning_rate * (0.05 + 0.95 * 0.5 * (1.0 + (std::f64::consts::PI * share).cos()));
         model = optimizer.step(rate, model, grads);
 
-        let looks = step % VALIDATE_EVERY == 0 || step == config.steps_max;
+        mean.follow(&model.weights(&start, step as u64, until), MEAN_SHARE.max(1.0 / step as f32));
+        let looks = step % config.look_every_steps.max(1) == 0 || step == config.steps_max;
         if looks {
-            let weights = model.weights(&start, step as u64, until);
+            let weights = mean.clone();
             let loss = held_out_loss(&weights, &slices);
             if !loss.is_finite() || weights.check().is_err() {
                 return if best_step.is_some() { Ok(best) } else { Err(TrainError::Diverged) };
@@ -154,7 +168,7 @@ pub fn train(
 }
 
 /// A slice as the network sees it.
-struct Prepared {
+pub(crate) struct Prepared {
     samples: Vec<Sample>,
     /// Samples before this are trained on, the rest is held out.
     train_len: usize,
@@ -169,40 +183,61 @@ impl Prepared {
         for window in windows {
             profile.replay(window, config, &mut samples);
         }
+        Self::from_samples(samples, windows.last().map_or(0, |window| window.end_unix_ms))
+    }
+
+    /// `None` when there are too few to learn from.
+    pub(crate) fn from_samples(samples: Vec<Sample>, until_unix_ms: u64) -> Option<Self> {
         if samples.len() < SAMPLES_MIN / 2 {
             return None;
         }
         let train_len = (samples.len() as f64 * (1.0 - HELD_OUT)) as usize;
-        Some(Self { samples, train_len, until_unix_ms: windows.last().map_or(0, |window| window.end_unix_ms) })
+        Some(Self { samples, train_len, until_unix_ms })
     }
 }
 
+/// On the way through a slice.
+struct Walk<'a> {
+    slice: &'a Prepared,
+    at: usize,
+    hidden: [f32; HIDDEN],
+    cell: [f32; HIDDEN],
+}
+
 /// Mean pinball loss on the held-out parts, by the step that inference uses.
-fn held_out_loss(weights: &ModelWeights, slices: &[Prepared]) -> f64 {
+fn held_out_loss<'a>(weights: &ModelWeights, slices: &'a [Prepared]) -> f64 {
     let network = Network::new(weights);
     let mut batch = Batch::default();
     let (mut sum, mut count) = (0.0, 0u64);
-    batch.resize(1);
-    for slice in slices {
-        // The state needs no more than a walk's length to be what it would be.
-        let first = slice.train_len.saturating_sub(WALK_MAX);
-        let mut hidden = [0.0; HIDDEN];
-        let mut cell = [0.0; HIDDEN];
-        for (at, sample) in slice.samples.iter().enumerate().skip(first) {
-            batch.set(0, &sample.inputs, &hidden, &cell);
-            network.step(&mut batch);
-            hidden.copy_from_slice(batch.hidden(0));
-            cell.copy_from_slice(batch.cell(0));
-            let Some(targets) = sample.targets.filter(|_| at >= slice.train_len) else { continue };
-            for (resource, target) in targets.iter().enumerate() {
-                let band = quantiles(batch.raw(0), resource);
-                for (value, level) in band.iter().zip(Quantiles::LEVELS) {
-                    let over = f64::from(target.clamp(-TARGET_MAX, TARGET_MAX) - value);
+    // The state needs no more than a walk's length to be what it would be.
+    let begin = |slice: &'a Prepared| Walk {
+        slice,
+        at: slice.train_len.saturating_sub(WALK_MAX),
+        hidden: [0.0; HIDDEN],
+        cell: [0.0; HIDDEN],
+    };
+    let mut walks: Vec<Walk<'a>> = slices.iter().map(begin).collect();
+    while !walks.is_empty() {
+        batch.resize(walks.len());
+        for (row, walk) in walks.iter().enumerate() {
+            batch.set(row, &walk.slice.samples[walk.at].inputs, &walk.hidden, &walk.cell);
+        }
+        network.step(&mut batch);
+        for (row, walk) in walks.iter_mut().enumerate() {
+            walk.hidden.copy_from_slice(batch.hidden(row));
+            walk.cell.copy_from_slice(batch.cell(row));
+            let targets = walk.slice.samples[walk.at].targets.filter(|_| walk.at >= walk.slice.train_len);
+            walk.at += 1;
+            for (target, value) in targets.iter().flatten().enumerate() {
+                let band = quantiles(batch.raw(row), target);
+                for (quantile, level) in band.iter().zip(Quantiles::LEVELS) {
+                    let over = f64::from(value.clamp(-TARGET_MAX, TARGET_MAX) - quantile);
                     sum += (level * over).max((level - 1.0) * over);
                     count += 1;
                 }
             }
         }
+        walks.retain(|walk| walk.at < walk.slice.samples.len());
     }
     if count == 0 { f64::MAX } else { sum / count as f64 }
 }
@@ -244,7 +279,7 @@ impl Walkers {
         }
         let mut chunk = Chunk {
             inputs: Vec::with_capacity(CHUNK * ROWS * INPUTS),
-            targets: Vec::with_capacity(CHUNK * ROWS * RESOURCES),
+            targets: Vec::with_capacity(CHUNK * ROWS * TARGETS),
             counted: Vec::with_capacity(CHUNK * ROWS),
             hidden: self.hidden.clone(),
             cell: self.cell.clone(),
@@ -358,12 +393,12 @@ impl Lstm {
         let tensor =
             |values: &[f32], shape: [usize; 2]| Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device);
         let inputs = tensor(&chunk.inputs, [CHUNK * ROWS, INPUTS]);
-        let targets = tensor(&chunk.targets, [CHUNK * ROWS, RESOURCES]);
+        let targets = tensor(&chunk.targets, [CHUNK * ROWS, TARGETS]);
         let counted = tensor(&chunk.counted, [CHUNK * ROWS, 1]);
         let hidden = tensor(&chunk.hidden, [ROWS, HIDDEN]);
         let cell = tensor(&chunk.cell, [ROWS, HIDDEN]);
         let (raw, hidden, cell) = self.forward(inputs, CHUNK, hidden, cell);
-        let part = |level: usize| raw.clone().narrow(1, level * RESOURCES, RESOURCES);
+        let part = |level: usize| raw.clone().narrow(1, level * TARGETS, TARGETS);
         // The same widths as `lstm::width`.
         let wide = |level: usize| {
             let x = part(level);
@@ -380,7 +415,7 @@ impl Lstm {
             sum = sum + over.clone() * level + relu(-over);
         }
         let samples = chunk.counted.iter().sum::<f32>().max(1.0);
-        let scale = 1.0 / (f64::from(samples) * (RESOURCES * LEVELS) as f64);
+        let scale = 1.0 / (f64::from(samples) * (TARGETS * LEVELS) as f64);
         ((sum * counted).sum() * scale, numbers(hidden), numbers(cell))
     }
 }

@@ -25,6 +25,9 @@ pub trait Conditions: Send + Sync {
     /// The service over the last `length`.
     fn measure(&self, service: &ServiceName, length: Duration) -> Option<Measurements>;
 
+    /// A stretch begins that will be measured: what was before is not to be part of it.
+    fn begin_measuring(&self) {}
+
     /// `after` covers the time since promotion.
     fn judge(&self, before: Option<&Measurements>, after: Option<&Measurements>, limits: &Handover) -> Judgement;
 

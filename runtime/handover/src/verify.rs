@@ -20,6 +20,7 @@ impl Supervisor {
     pub(crate) fn verify(&mut self, attempt: &mut Attempt) -> Result<String, Stop> {
         let to = attempt.to;
         let began = Instant::now();
+        self.conditions.begin_measuring();
         let limits = self.record.file.handover;
         let longest = Duration::from_secs_f64(limits.verify_s_min * VERIFY_STRETCH);
         let mut stretch_began = began;

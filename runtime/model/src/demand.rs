@@ -36,8 +36,32 @@ impl Quantiles {
 #[serde(rename_all = "snake_case")]
 pub enum Champion {
     LastValue,
+    /// What was at this time a day ago.
+    Seasonal,
+    /// A short exponentially weighted mean.
+    Ewma,
     Linear,
+    /// Quantiles of a histogram of values that forgets.
+    Histogram,
     Lstm,
+    /// The others together, weighted by recent loss.
+    Blend,
+}
+
+impl Champion {
+    /// For people.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::LastValue => "last value",
+            Self::Seasonal => "a day ago",
+            Self::Ewma => "short mean",
+            Self::Linear => "linear",
+            Self::Histogram => "histogram",
+            Self::Lstm => "lstm",
+            Self::Blend => "blend",
+        }
+    }
 }
 
 /// Demand over one horizon. For every resource the quantiles are of the *highest* one-second value in the horizon

@@ -6,6 +6,7 @@
 //!
 //! | compared | worse when above ratio **and** |
 //! |---|---|
+//! | answers | something came in, none went out, and at least 20 requests were expected |
 //! | p99 (both sides ≥ 500 requests; p50 with less) | at least 0.5 ms more |
 //! | throughput | at least 20 requests expected, **and** the median latency rose too (or nothing at all was answered): clients that merely ask less are no fault |
 //! | CPU per request | at least 5 % of a core more at the rate of before, **and** the rate is at least half of it: what a service burns while idle is not the requests' |
@@ -100,7 +101,9 @@ fn takes_longer(before: &Measurements, after: &Measurements) -> bool {
 }
 
 fn worse_silence(before: &Measurements, after: &Measurements, _: &Handover) -> Option<String> {
-    let silent = after.requests == 0 && expected_requests(before, after) >= EXPECTED_REQUESTS_MIN;
+    // Without a byte nobody has asked anything: that is no fault of the service.
+    let silent =
+        after.requests == 0 && after.usage.network > 0.0 && expected_requests(before, after) >= EXPECTED_REQUESTS_MIN;
     silent.then(|| {
         format!("no request was answered in {:.1} s, {:.0}/s were before", after.seconds, before.requests_per_s)
     })
@@ -196,6 +199,7 @@ mod tests {
 
     #[test]
     fn each_kind_of_worse_is_said_in_words() {
+        let silent = Measurements { requests: 0, requests_per_s: 0.0, p50_us: None, p99_us: None, ..usual() };
         let cases = [
             (
                 Measurements { p99_us: Some(3600.0), ..usual() },
@@ -210,7 +214,7 @@ mod tests {
                 "throughput fell from 1000/s to 300/s, below 0.50 × its baseline, while requests took longer",
             ),
             (
-                Measurements { requests: 0, requests_per_s: 0.0, p50_us: None, p99_us: None, ..usual() },
+                Measurements { usage: PerResource { network: 0.1, ..usual().usage }, ..silent },
                 "no request was answered in 5.0 s, 1000/s were before",
             ),
             (Measurements { tcp_resets: 3, ..usual() }, "3 TCP resets in 5.0 s, 0.0 would be usual"),
@@ -238,6 +242,8 @@ mod tests {
             Measurements { requests_per_s: 300.0, p50_us: Some(110.0), ..usual() },
             Measurements { seconds: 0.01, requests: 0, requests_per_s: 0.0, p50_us: None, p99_us: None, ..usual() },
             Measurements { tcp_resets: 2, ..usual() },
+            // Nobody asks any more.
+            Measurements { requests: 0, requests_per_s: 0.0, p50_us: None, p99_us: None, ..usual() },
             Measurements { p50_us: None, p99_us: None, memory_latency_ns: None, ..usual() },
             Measurements { p99_us: Some(f64::NAN), ..usual() },
         ] {
