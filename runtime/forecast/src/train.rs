@@ -94,11 +94,12 @@ pub fn train(
     keep_going: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<ModelWeights, TrainError> {
     let forecast = forecast.clone().sane();
-    train_on(slices.iter().filter_map(|slice| Prepared::new(slice, &forecast)).collect(), config, start, keep_going)
+    let slices: Vec<Prepared> = slices.iter().filter_map(|slice| Prepared::new(slice, &forecast)).collect();
+    train_on(&slices, config, start, keep_going)
 }
 
 pub(crate) fn train_on(
-    slices: Vec<Prepared>,
+    slices: &[Prepared],
     config: &TrainConfig,
     start: Option<&ModelWeights>,
     keep_going: &mut dyn FnMut(Progress) -> ControlFlow<()>,
@@ -120,8 +121,8 @@ pub(crate) fn train_on(
         .with_weight_decay(WEIGHT_DECAY)
         .with_grad_clipping(Some(burn::grad_clipping::GradientClippingConfig::Norm(1.0)))
         .init();
-    let mut walkers = Walkers::new(&slices, &mut random);
-    let loss_before = held_out_loss(&start, &slices);
+    let mut walkers = Walkers::new(slices, &mut random);
+    let loss_before = held_out_loss(&start, slices);
     let samples = slices.iter().map(|slice| (slice.samples.len() - slice.train_len) as u64).sum();
     let mut best = start.clone();
     let mut mean = start.clone();
@@ -129,7 +130,7 @@ pub(crate) fn train_on(
     let mut best_step = None;
     let mut last_look = None;
     for step in 1..=config.steps_max {
-        let chunk = walkers.chunk(&slices, &mut random);
+        let chunk = walkers.chunk(slices, &mut random);
         let (loss, hidden, cell) = model.loss(&chunk, &device);
         walkers.keep_state(hidden, cell);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
@@ -142,7 +143,7 @@ pub(crate) fn train_on(
         let looks = step % config.look_every_steps.max(1) == 0 || step == config.steps_max;
         if looks {
             let weights = mean.clone();
-            let loss = held_out_loss(&weights, &slices);
+            let loss = held_out_loss(&weights, slices);
             if !loss.is_finite() || weights.check().is_err() {
                 return if best_step.is_some() { Ok(best) } else { Err(TrainError::Diverged) };
             }

@@ -23,8 +23,8 @@ pub fn train_outlook(
     start: Option<&ModelWeights>,
     keep_going: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<ModelWeights, TrainError> {
-    let prepared = histories.iter().filter_map(|history| prepare(history, outlook)).collect();
-    train_on(prepared, config, start, keep_going)
+    let prepared: Vec<Prepared> = histories.iter().filter_map(|history| prepare(history, outlook)).collect();
+    train_on(&prepared, config, start, keep_going)
 }
 
 /// Replays the values through the same code that runs at inference.
