@@ -5,9 +5,8 @@
 use warmswap_tests::{LENIENT, Requirement, Store, needs};
 
 const KEYS: usize = 200;
-/// What version 3 cannot answer as fast as it comes: each request takes it 2 ms and more, one after the other. Those
-/// before it can, on a slow machine too: their p99 is what it is compared with.
-const TOO_MUCH_PER_S: f64 = 1000.0;
+/// What version 3 cannot answer as fast as it comes: each request takes it 0.4 ms and more, one after the other.
+const TOO_MUCH_PER_S: f64 = 2000.0;
 
 #[test]
 fn a_version_that_is_slower_is_rolled_back_and_nobody_loses_anything() {
@@ -16,7 +15,8 @@ fn a_version_that_is_slower_is_rolled_back_and_nobody_loses_anything() {
         Requirement::Containers,
         Requirement::Bpf
     );
-    let limits = LENIENT.replace("p99_ratio_max = 1e6", "p99_ratio_max = 2").replace("min = 20\n", "min = 500\n");
+    // On a slow machine the version before cannot answer all of it either: then v3 is not even twice as slow.
+    let limits = LENIENT.replace("p99_ratio_max = 1e6", "p99_ratio_max = 1.3").replace("min = 20\n", "min = 500\n");
     let store = Store::start("scenario-slow", &limits).unwrap();
     store.write_keys(KEYS).unwrap();
     let load = store.load_of(40, TOO_MUCH_PER_S).unwrap();

@@ -7,7 +7,7 @@
 //! * `session-store-v1`;
 //! * `session-store-v2`: one command more (`GETDEL`) and one field more in each record (when it was written last, shown by
 //!   `OBJECT IDLETIME`), readable by v1, see [`record`];
-//! * `session-store-v3`: v2 with a mistake in it: every command that touches data blocks for 2 ms;
+//! * `session-store-v3`: v2 with a mistake in it: every command that touches data blocks for 0.4 ms;
 //! * `session-store-v4`: v2 with another layout of its records, schema 2; reads schema 1 and can write it as well;
 //! * `session-store-v5`: v4 as it were without the way back to schema 1, so that an update to it cannot be rolled back.
 //!
@@ -56,7 +56,7 @@ pub struct Edition {
 impl Edition {
     pub const V1: Self = Self { version: "1.0.0", second: false, delay: Duration::ZERO, schema: Schema::First };
     pub const V2: Self = Self { version: "2.0.0", second: true, ..Self::V1 };
-    pub const V3: Self = Self { version: "3.0.0", delay: Duration::from_millis(2), ..Self::V2 };
+    pub const V3: Self = Self { version: "3.0.0", delay: Duration::from_micros(400), ..Self::V2 };
     pub const V4: Self = Self { version: "4.0.0", schema: Schema::Second { back: true }, ..Self::V2 };
     pub const V5: Self = Self { version: "5.0.0", schema: Schema::Second { back: false }, ..Self::V2 };
 }
