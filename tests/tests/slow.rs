@@ -24,7 +24,8 @@ fn a_version_that_is_slower_is_rolled_back_and_nobody_loses_anything() {
 
     let update = store.update("v3").unwrap();
     assert_eq!(update.verdict(), "rolled_back", "{}\n{:?}\n{}", update.reason(), update.report, store.log());
-    assert!(update.reason().contains(" rose from "), "{}", update.reason());
+    // The median where a slow machine has answered too few for a p99.
+    assert!(["p99 rose", "p50 rose"].iter().any(|rose| update.reason().starts_with(rose)), "{}", update.reason());
     assert_eq!(update.said.status, Some(3));
     let report = update.report.unwrap();
     assert_eq!(report["blackouts"].as_array().unwrap().len(), 2, "there and back: {report}");

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use flate2::read::MultiGzDecoder;
 
+use crate::stats::median;
+
 /// One column of one entity.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Series {
@@ -86,10 +88,7 @@ fn parse(name: String, mut reader: impl BufRead) -> Result<Trace> {
             values.len(),
             columns.len()
         );
-        if !entities.contains_key(entity) {
-            entities.insert(entity.to_owned(), Vec::new());
-        }
-        let Some(rows) = entities.get_mut(entity) else { continue };
+        let rows = entities.entry(entity.to_owned()).or_default();
         ensure!(
             rows.last().is_none_or(|(before, _)| *before <= at),
             "line {number}: {entity} goes back in time, from {} to {at} s",
@@ -115,9 +114,8 @@ fn parse(name: String, mut reader: impl BufRead) -> Result<Trace> {
 /// The median time between two rows, in whole seconds.
 fn step(entities: &BTreeMap<String, Rows>) -> Option<u64> {
     let between = |rows: &Rows| rows.windows(2).map(|pair| pair[1].0 - pair[0].0).collect::<Vec<_>>();
-    let mut steps: Vec<f64> = entities.values().flat_map(between).filter(|step| *step > 0.0).collect();
-    steps.sort_by(f64::total_cmp);
-    Some((steps.get(steps.len() / 2)?.round() as u64).max(1))
+    let steps: Vec<f64> = entities.values().flat_map(between).filter(|step| *step > 0.0).collect();
+    Some((median(&steps)?.round() as u64).max(1))
 }
 
 fn in_steps(rows: &Rows, column: usize, step_s: u64) -> Vec<(u64, f64)> {

@@ -1,13 +1,14 @@
 //! `warmswap-bench forecast`: the forecasts on real traces, beside the baselines.
 //!
-//! The network is trained on the first half of each trace and sees nothing of the rest before it has forecast it; calibration,
-//! linear models, blend and champions go on learning from what has come, as they do at work. Every baseline is calibrated in the
-//! same way. `docs/benchmarks.md` says how each row is measured.
+//! The network is trained on the first half of each trace, and again on what has come as the trace goes on; calibration, linear
+//! models, blend and champions learn from each value as it comes, as they do at work. Nothing is known of a value before it has
+//! been forecast. Every baseline is calibrated as adaptively. `docs/benchmarks.md` says how each row is measured.
 
 mod data;
 mod replay;
 mod tally;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -88,9 +89,7 @@ fn mean(values: &[f64]) -> Option<f64> {
 
 /// The rows of one trace, and its pinball ratios.
 fn rows_of(file: &str, step_s: u64, replayed: &Replayed) -> (Vec<Row>, Vec<f64>) {
-    let mut columns: Vec<&str> = replayed.series.iter().map(|series| series.column.as_str()).collect();
-    columns.sort_unstable();
-    columns.dedup();
+    let columns: BTreeSet<&str> = replayed.series.iter().map(|series| series.column.as_str()).collect();
     let (mut rows, mut ratios) = (Vec::new(), Vec::new());
     for column in columns {
         for (at, steps) in replayed.config.horizons.iter().enumerate() {

@@ -1,5 +1,6 @@
 //! One trace, from its first step to its last: what comes before the split is learned from, what comes after is forecast.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use anyhow::Result;
@@ -57,7 +58,7 @@ pub(super) fn replay(trace: &Trace, effort: &Effort) -> Result<Replayed> {
     let mut outlook = Outlook::new(config.clone());
     let ids: Vec<_> = chosen.iter().map(|s| outlook.open(&format!("{}/{}", s.entity, s.column))).collect();
     let mut next = vec![0; chosen.len()];
-    let mut values = Vec::with_capacity(chosen.len());
+    let (mut values, mut present) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
     let mut tallies = vec![<[Tally; HORIZONS]>::default(); chosen.len()];
     let mut training = Err(TrainError::Interrupted);
     let what = format!("{}: {} series of {} s steps", trace.name, chosen.len(), trace.step_s);
@@ -74,19 +75,19 @@ pub(super) fn replay(trace: &Trace, effort: &Effort) -> Result<Replayed> {
             );
         }
         values.clear();
-        for ((series, next), id) in chosen.iter().zip(&mut next).zip(&ids) {
-            if let Some((at, value)) = series.values.get(*next).filter(|(at, _)| *at == step) {
-                debug_assert_eq!(*at, step);
-                values.push((*id, *value));
+        present.clear();
+        for (at, (series, next)) in chosen.iter().zip(&mut next).enumerate() {
+            if let Some((_, value)) = series.values.get(*next).filter(|(number, _)| *number == step) {
+                values.push((ids[at], *value));
+                present.push(at);
                 *next += 1;
             }
         }
         outlook.observe(step * step_ms, &values);
         if step >= test_from {
-            for (id, tallies) in ids.iter().zip(&mut tallies).filter(|(id, _)| values.iter().any(|(who, _)| who == *id))
-            {
-                for scored in outlook.scored(*id) {
-                    tallies[scored.horizon].add(&scored);
+            for at in &present {
+                for scored in outlook.scored(ids[*at]) {
+                    tallies[*at][scored.horizon].add(&scored);
                 }
             }
         }
@@ -109,9 +110,7 @@ pub(super) fn replay(trace: &Trace, effort: &Effort) -> Result<Replayed> {
 
 /// What the effort allows, with the newest steps.
 fn choose(series: &[Series], effort: &Effort) -> Vec<Series> {
-    let mut columns: Vec<&str> = series.iter().map(|s| s.column.as_str()).collect();
-    columns.sort_unstable();
-    columns.dedup();
+    let columns: BTreeSet<&str> = series.iter().map(|s| s.column.as_str()).collect();
     let newest = series.iter().filter_map(|s| s.values.last()).map(|(at, _)| *at).max().unwrap_or(0);
     let from = newest.saturating_sub(effort.steps_max);
     let mut chosen = Vec::new();

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use warmswap_forecast::{ForecastConfig, Forecaster, Stepper};
+use warmswap_forecast::{ForecastConfig, Forecaster, ModelWeights, Stepper};
 use warmswap_model::{CgroupId, Durations, FeatureWindow, PerResource, ProbeCounts, ServiceName};
 
 use crate::interrupt;
@@ -39,10 +39,10 @@ pub(crate) fn run(_programs: &Path, quick: bool) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     let rounds = if quick { ROUNDS_QUICK } else { ROUNDS_WHOLE };
     let mut progress = Progress::begin("the step of the network, beside ONNX Runtime");
-    let (_, matrices) = Stepper::of_anything(SEED, 1);
-    let mut peer = Onnx::start(&matrices)?;
+    let weights = Stepper::weights_of_anything(SEED);
+    let mut peer = Onnx::start(&weights)?;
     for rows in ROWS {
-        outcome.rows.push(step(rows, rounds, &mut peer, &mut progress)?);
+        outcome.rows.push(step(&weights, rows, rounds, &mut peer, &mut progress)?);
     }
     drop(peer);
     outcome.rows.extend(tick(rounds, &mut progress)?);
@@ -54,11 +54,11 @@ const SEED: u64 = 7;
 const INPUT: f32 = 0.5;
 
 /// Alternating rounds of ours and the peer's; values are medians of rounds.
-fn step(rows: usize, rounds: usize, peer: &mut Onnx, progress: &mut Progress) -> Result<Row> {
+fn step(weights: &ModelWeights, rows: usize, rounds: usize, peer: &mut Onnx, progress: &mut Progress) -> Result<Row> {
     let mut conditions = Conditions::new();
     conditions.insert("rows".into(), json!(rows));
     let steps = (ROWS_OF_A_ROUND / rows).max(20);
-    let (mut stepper, _) = Stepper::of_anything(SEED, rows);
+    let mut stepper = Stepper::new(weights, rows);
     let (mut ours, mut theirs, mut which) = (Vec::new(), Vec::new(), String::new());
     for round in 0..rounds {
         interrupt::check()?;

@@ -4,8 +4,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
-use serde_json::Value;
-use warmswap_forecast::Matrices;
+use serde_json::{Value, json};
+use warmswap_forecast::{ModelWeights, Stepper};
 
 use crate::stats::median;
 
@@ -33,7 +33,7 @@ pub(super) struct Came {
 }
 
 impl Onnx {
-    pub(super) fn start(matrices: &Matrices) -> Result<Self> {
+    pub(super) fn start(weights: &ModelWeights) -> Result<Self> {
         let python = std::env::var(PYTHON_VARIABLE).unwrap_or_else(|_| "python3".to_owned());
         let child = Command::new(&python).args(["-c", SCRIPT]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut child = child.with_context(|| format!("cannot start {python}"))?;
@@ -41,7 +41,9 @@ impl Onnx {
             bail!("{python} has no pipes")
         };
         let mut onnx = Self { child, ask, answers: BufReader::new(answers), missing: None };
-        let first = onnx.exchange(&serde_json::to_string(matrices)?)?;
+        let (inputs, hidden, outputs) = (Stepper::INPUTS, Stepper::HIDDEN, Stepper::OUTPUTS);
+        let network = json!({ "inputs": inputs, "hidden": hidden, "outputs": outputs, "weights": weights });
+        let first = onnx.exchange(&network.to_string())?;
         onnx.missing = first["missing"].as_str().map(str::to_owned);
         Ok(onnx)
     }

@@ -23,10 +23,11 @@ def answer(value):
 
 model = json.loads(sys.stdin.readline())
 inputs, hidden, outputs = model["inputs"], model["hidden"], model["outputs"]
-gates = np.array(model["gates"], np.float32).reshape(inputs + hidden, 4 * hidden)
-bias = np.array(model["gates_bias"], np.float32)
-head = np.array(model["head"], np.float32).reshape(hidden, outputs)
-head_bias = np.array(model["head_bias"], np.float32)
+weights = model["weights"]
+gates = np.array(weights["gates"], np.float32).reshape(inputs + hidden, 4 * hidden)
+bias = np.array(weights["gates_bias"], np.float32)
+head = np.array(weights["head"], np.float32).reshape(hidden, outputs)
+head_bias = np.array(weights["head_bias"], np.float32)
 
 
 def iofg(matrix):

@@ -19,9 +19,9 @@ use crate::ForecastConfig;
 use crate::lstm::ModelWeights;
 use crate::profile::Profile;
 
-const FORECASTER: &[u8; 8] = b"WSWPFCST";
-pub(crate) const OUTLOOK: &[u8; 8] = b"WSWPOUTL";
-const VERSION: u32 = 3;
+const FORECASTER: &str = "WSWPFCST";
+pub(crate) const OUTLOOK: &str = "WSWPOUTL";
+const VERSION: u32 = 2;
 const HEADER: usize = 20;
 const DIGEST: usize = 32;
 /// Larger than any image that is written: 100,000 profiles are below it.
@@ -30,8 +30,8 @@ const BODY_MAX: u64 = 1 << 30;
 /// Why a saved forecaster, or weights, were refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImportError {
-    #[error("it is no image of this kind of forecast: it does not begin as one")]
-    NotAnImage,
+    #[error("it is no forecast image: it does not begin with {magic:?}")]
+    NotAnImage { magic: &'static str },
     #[error("it has version {found} and this warmswap knows {known}: it starts again from the baselines")]
     OtherVersion { found: u32, known: u32 },
     #[error("it is {have} bytes long and should be {need}: it was cut off or added to")]
@@ -77,11 +77,11 @@ pub(crate) fn write(
 }
 
 /// An image of this body.
-pub(crate) fn seal(magic: &[u8; 8], body: &impl Serialize) -> Vec<u8> {
+pub(crate) fn seal(magic: &str, body: &impl Serialize) -> Vec<u8> {
     // Plain data in memory always encodes; an empty body would be refused when read.
     let body = postcard::to_stdvec(body).unwrap_or_default();
     let mut image = Vec::with_capacity(HEADER + body.len() + DIGEST);
-    image.extend(magic);
+    image.extend(magic.as_bytes());
     image.extend(VERSION.to_le_bytes());
     image.extend((body.len() as u64).to_le_bytes());
     image.extend(body);
@@ -91,11 +91,8 @@ pub(crate) fn seal(magic: &[u8; 8], body: &impl Serialize) -> Vec<u8> {
 }
 
 /// The body of an image that is whole and of this version.
-pub(crate) fn open<B: DeserializeOwned>(expected: &[u8; 8], image: &[u8]) -> Result<B, ImportError> {
-    let Some((magic, rest)) = image.split_first_chunk::<8>() else { return Err(ImportError::NotAnImage) };
-    if magic != expected {
-        return Err(ImportError::NotAnImage);
-    }
+pub(crate) fn open<B: DeserializeOwned>(magic: &'static str, image: &[u8]) -> Result<B, ImportError> {
+    let rest = image.strip_prefix(magic.as_bytes()).ok_or(ImportError::NotAnImage { magic })?;
     let have = image.len() as u64;
     let short = |need: usize| ImportError::WrongLength { have, need: need as u64 };
     let (version, rest) = rest.split_first_chunk::<4>().ok_or_else(|| short(HEADER + DIGEST))?;

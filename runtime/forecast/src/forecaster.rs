@@ -70,8 +70,7 @@ impl Forecaster {
         for (row, slot) in self.active.iter().enumerate() {
             let profile = &mut self.profiles[*slot];
             if self.model.is_some() {
-                profile.hidden.copy_from_slice(self.batch.hidden(row));
-                profile.cell.copy_from_slice(self.batch.cell(row));
+                self.batch.state_into(row, &mut profile.hidden, &mut profile.cell);
                 profile.finish(Some(self.batch.raw(row)), &self.config);
             } else {
                 profile.finish(None, &self.config);
@@ -179,8 +178,7 @@ impl Forecaster {
             for step in 0..profile.replay_len() {
                 self.batch.set(0, profile.replay_inputs(step), &profile.hidden, &profile.cell);
                 network.step(&mut self.batch);
-                profile.hidden.copy_from_slice(self.batch.hidden(0));
-                profile.cell.copy_from_slice(self.batch.cell(0));
+                self.batch.state_into(0, &mut profile.hidden, &mut profile.cell);
             }
         }
         self.model = Some((weights, network));

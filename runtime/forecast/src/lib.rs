@@ -38,7 +38,7 @@ mod tests;
 pub use config::ForecastConfig;
 pub use file::ImportError;
 pub use forecaster::Forecaster;
-pub use lstm::{Matrices, ModelWeights, Stepper, Validation};
+pub use lstm::{ModelWeights, Stepper, Validation};
 pub use outlook::{HORIZONS, History, Outlook, OutlookConfig, Scored, SeriesId, train_outlook};
 pub use profile::Irregular;
 pub use report::{CandidateReport, ForecastReport, LstmState, ResourceReport, TrainedReport};

@@ -140,37 +140,17 @@ pub struct Stepper {
     batch: Batch,
 }
 
-/// The matrices of a network, for whoever runs it elsewhere. Row-major; gates in the order i, f, o, g.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Matrices {
-    pub inputs: usize,
-    pub hidden: usize,
-    pub outputs: usize,
-    /// `[inputs + hidden][4 · hidden]`.
-    pub gates: Vec<f32>,
-    pub gates_bias: Vec<f32>,
-    /// `[hidden][outputs]`.
-    pub head: Vec<f32>,
-    pub head_bias: Vec<f32>,
-}
-
 impl Stepper {
-    /// A network of weights that mean nothing and depend only on `seed`, with the state of `rows` rows.
+    pub const INPUTS: usize = INPUTS;
+    pub const HIDDEN: usize = HIDDEN;
+    pub const OUTPUTS: usize = OUTPUTS;
+
+    /// The state of so many rows is empty until [`Self::begin`].
     #[must_use]
-    pub fn of_anything(seed: u64, rows: usize) -> (Self, Matrices) {
-        let weights = Self::weights_of_anything(seed);
+    pub fn new(weights: &ModelWeights, rows: usize) -> Self {
         let mut batch = Batch::default();
         batch.resize(rows);
-        let matrices = Matrices {
-            inputs: INPUTS,
-            hidden: HIDDEN,
-            outputs: OUTPUTS,
-            gates: weights.gates.clone(),
-            gates_bias: weights.gates_bias.clone(),
-            head: weights.head.clone(),
-            head_bias: weights.head_bias.clone(),
-        };
-        (Self { network: Network::new(&weights), batch }, matrices)
+        Self { network: Network::new(weights), batch }
     }
 
     /// Weights that mean nothing and depend only on `seed`.
@@ -296,6 +276,12 @@ impl Batch {
 
     pub(crate) fn cell(&self, row: usize) -> &[f32] {
         &self.c[row * HIDDEN..(row + 1) * HIDDEN]
+    }
+
+    /// The state of a row after the step.
+    pub(crate) fn state_into(&self, row: usize, hidden: &mut [f32; HIDDEN], cell: &mut [f32; HIDDEN]) {
+        hidden.copy_from_slice(self.hidden(row));
+        cell.copy_from_slice(self.cell(row));
     }
 
     pub(crate) fn raw(&self, row: usize) -> &[f32] {

@@ -225,8 +225,7 @@ fn held_out_loss<'a>(weights: &ModelWeights, slices: &'a [Prepared]) -> f64 {
         }
         network.step(&mut batch);
         for (row, walk) in walks.iter_mut().enumerate() {
-            walk.hidden.copy_from_slice(batch.hidden(row));
-            walk.cell.copy_from_slice(batch.cell(row));
+            batch.state_into(row, &mut walk.hidden, &mut walk.cell);
             let targets = walk.slice.samples[walk.at].targets.filter(|_| walk.at >= walk.slice.train_len);
             walk.at += 1;
             for (target, value) in targets.iter().flatten().enumerate() {

@@ -37,8 +37,13 @@ impl Blend {
 
     /// Who has the lowest loss at a level.
     pub(super) fn best(&self, level: usize, gave: &[bool]) -> Option<usize> {
-        let counts = |who: &usize| gave[*who] && self.scored[*who] >= EVIDENCE_MIN;
-        (0..self.losses.len()).filter(counts).min_by(|a, b| self.losses[*a][level].total_cmp(&self.losses[*b][level]))
+        self.at(level, gave).min_by(|a, b| a.1.total_cmp(&b.1)).map(|(who, _)| who)
+    }
+
+    /// Those that give something and have shown enough, with their losses.
+    fn at(&self, level: usize, gave: &[bool]) -> impl Iterator<Item = (usize, f32)> {
+        let counts = |(who, gave): (usize, &bool)| (*gave && self.scored[who] >= EVIDENCE_MIN).then_some(who);
+        gave.iter().enumerate().filter_map(counts).map(move |who| (who, self.losses[who][level]))
     }
 
     pub(super) fn forget(&mut self, who: usize) {
@@ -47,14 +52,13 @@ impl Blend {
 
     /// `None` before anybody has shown anything.
     pub(super) fn band(&self, bands: &[[f64; LEVELS]], gave: &[bool]) -> Option<[f64; LEVELS]> {
-        let counts = |who: usize| gave[who] && self.scored[who] >= EVIDENCE_MIN;
         let mut band = [0.0; LEVELS];
         for (level, value) in band.iter_mut().enumerate() {
-            let of = || (0..bands.len()).filter(|who| counts(*who)).map(|who| (who, self.losses[who][level]));
-            let best = of().map(|(_, loss)| loss).min_by(f32::total_cmp)?;
+            let best = self.losses[self.best(level, gave)?][level];
             let (mut sum, mut weights) = (0.0, 0.0);
-            for (who, loss) in of() {
-                let worse = if best > 0.0 { (loss - best) / best } else { if loss > 0.0 { f32::MAX } else { 0.0 } };
+            for (who, loss) in self.at(level, gave) {
+                // Nothing is as good as never wrong.
+                let worse = if loss > best { (loss - best) / best } else { 0.0 };
                 let weight = f64::from((-worse / TEMPERATURE[level]).exp());
                 sum += weight * bands[who][level];
                 weights += weight;

@@ -76,6 +76,11 @@ impl OutlookConfig {
         }
     }
 
+    /// The step whose end is nearest to this time.
+    fn step_number(&self, unix_ms: u64) -> u64 {
+        (unix_ms + self.step_ms / 2) / self.step_ms
+    }
+
     fn rates(&self, steps: usize) -> Rates {
         Rates {
             loss_memory: self.coverage_memory_steps,
@@ -152,8 +157,7 @@ impl Outlook {
         for (row, at) in self.active.iter().enumerate() {
             let series = &mut self.series[*at];
             if self.model.is_some() {
-                series.hidden.copy_from_slice(self.batch.hidden(row));
-                series.cell.copy_from_slice(self.batch.cell(row));
+                self.batch.state_into(row, &mut series.hidden, &mut series.cell);
                 series.finish(Some(self.batch.raw(row)), &self.config);
             } else {
                 series.finish(None, &self.config);
@@ -164,14 +168,9 @@ impl Outlook {
     /// What the series is expected to be at each horizon, and who says so. `None` before its first value.
     #[must_use]
     pub fn bands(&self, SeriesId(at): SeriesId) -> Option<[(Quantiles, Champion); HORIZONS]> {
-        let series = &self.series[at];
-        series.latest(0)?;
-        Some(std::array::from_fn(|horizon| {
-            series.latest(horizon).map_or_else(
-                || (Quantiles::from_levels([series.last_value(); 5]), Champion::LastValue),
-                |issued| (issued.served(), CANDIDATES[issued.champion]),
-            )
-        }))
+        let latest: Vec<_> = (0..HORIZONS).map_while(|horizon| self.series[at].latest(horizon)).collect();
+        let latest = <[_; HORIZONS]>::try_from(latest).ok()?;
+        Some(latest.map(|issued| (issued.served(), CANDIDATES[issued.champion])))
     }
 
     /// Share of the recent values that lay in their 90 % interval, by horizon. `None` until there are enough.
@@ -201,8 +200,7 @@ impl Outlook {
             for inputs in inputs {
                 self.batch.set(0, &inputs, &series.hidden, &series.cell);
                 network.step(&mut self.batch);
-                series.hidden.copy_from_slice(self.batch.hidden(0));
-                series.cell.copy_from_slice(self.batch.cell(0));
+                self.batch.state_into(0, &mut series.hidden, &mut series.cell);
             }
         }
         self.model = Some((weights, network));

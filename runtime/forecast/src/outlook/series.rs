@@ -80,12 +80,67 @@ pub struct Scored {
     pub candidates: [(Champion, Option<Quantiles>); CANDIDATES.len()],
 }
 
+/// What makes a candidate's band of what it says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Calibration {
+    /// As wide as its errors were, for who only says a middle.
+    Conformal(Tracker),
+    /// For who has widths of its own.
+    Shifted(Shifts),
+    AsSaid,
+}
+
+impl Calibration {
+    fn new(who: usize, rates: &Rates) -> Self {
+        match who {
+            LSTM_UNCALIBRATED => Self::AsSaid,
+            HISTOGRAM | LSTM_OWN_WIDTH | BLEND => Self::Shifted(Shifts::default()),
+            _ => Self::Conformal(Tracker::new(rates, who)),
+        }
+    }
+
+    fn band(&self, points: &Points, floor: f64) -> [f64; LEVELS] {
+        match self {
+            Self::Conformal(tracker) => tracker.band(points, floor),
+            Self::Shifted(shifts) => shifts.band(points),
+            Self::AsSaid => points.map(|point| point.max(0.0)),
+        }
+    }
+
+    fn score(&mut self, points: &Points, band: &[f64; LEVELS], floor: f64, actual: f64, rates: &Rates) {
+        match self {
+            Self::Conformal(tracker) => tracker.score(points, band, floor, actual, rates),
+            Self::Shifted(shifts) => shifts.score(band, actual, SHIFT_RATE),
+            Self::AsSaid => {}
+        }
+    }
+
+    fn reset(&mut self) {
+        match self {
+            Self::Conformal(tracker) => tracker.reset(),
+            Self::Shifted(shifts) => *shifts = Shifts::default(),
+            Self::AsSaid => {}
+        }
+    }
+
+    fn is_sound(&self) -> bool {
+        match self {
+            Self::Conformal(tracker) => tracker.is_sound(),
+            Self::Shifted(shifts) => shifts.is_sound(),
+            Self::AsSaid => true,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + if let Self::Conformal(tracker) = self { tracker.heap_bytes() } else { 0 }
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Horizon {
     linear: Linear,
-    pub(super) trackers: Vec<Tracker>,
-    /// Of those that have widths of their own; the others are calibrated by their trackers.
-    shifts: Vec<Shifts>,
+    /// By candidate.
+    calibrations: Vec<Calibration>,
     blend: Blend,
     served_covered: Mean,
     served: u32,
@@ -98,7 +153,6 @@ pub(super) struct Horizon {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct OutlookSeries {
     last_ms: Option<u64>,
-    pub(super) samples: u64,
     memory: Memory,
     histogram: Histogram,
     pub(super) horizons: Vec<Horizon>,
@@ -118,8 +172,7 @@ impl OutlookSeries {
     pub(super) fn new(config: &OutlookConfig) -> Self {
         let horizon = |steps: &usize| Horizon {
             linear: Linear::new(),
-            trackers: (0..CANDIDATES.len()).map(|who| Tracker::new(&config.rates(*steps), who)).collect(),
-            shifts: vec![Shifts::default(); CANDIDATES.len()],
+            calibrations: (0..CANDIDATES.len()).map(|who| Calibration::new(who, &config.rates(*steps))).collect(),
             blend: Blend::new(CANDIDATES.len()),
             served_covered: Mean::default(),
             served: 0,
@@ -128,7 +181,6 @@ impl OutlookSeries {
         };
         Self {
             last_ms: None,
-            samples: 0,
             memory: Memory::new(config),
             histogram: Histogram::default(),
             horizons: config.horizons.iter().map(horizon).collect(),
@@ -147,14 +199,13 @@ impl OutlookSeries {
             horizon.due = None;
         }
         let Some(value) = Series::accept(value) else { return false };
-        let (step, number) = (config.step_ms, |unix_ms: u64| (unix_ms + config.step_ms / 2) / config.step_ms);
         // After an import there is a last time but nothing recent.
         let recent = self.last_ms.filter(|_| self.horizons.iter().all(|horizon| !horizon.pending.is_empty()));
-        match recent.map(|last| (number(unix_ms).checked_sub(number(last)), last)) {
+        match recent.map(|last| (config.step_number(unix_ms).checked_sub(config.step_number(last)), last)) {
             Some((Some(0), _)) => return false,
             Some((Some(steps), last)) if steps <= 1 + BRIDGE_MAX => {
                 for missing in 1..steps {
-                    self.bridge(last + missing * step, config);
+                    self.bridge(last + missing * config.step_ms, config);
                 }
             }
             Some((steps, _)) => self.restart(value, steps.is_none_or(|steps| steps > FORGET_AFTER)),
@@ -162,8 +213,7 @@ impl OutlookSeries {
         }
         self.last_ms = Some(unix_ms);
         self.memory.push(unix_ms, value, true, config);
-        self.histogram.push(value, self.memory.floor(config), 0.5f64.powf(step as f64 / HALF_LIFE_MS));
-        self.samples = self.samples.saturating_add(1);
+        self.histogram.push(value, self.memory.floor(config), 0.5f64.powf(config.step_ms as f64 / HALF_LIFE_MS));
         for (at, steps) in config.horizons.iter().enumerate() {
             if self.horizons[at].pending.len() >= *steps
                 && let Some(Some(issued)) = self.horizons[at].pending.pop_front()
@@ -313,8 +363,7 @@ impl OutlookSeries {
     pub(super) fn forget_network(&mut self) {
         for horizon in &mut self.horizons {
             for who in [LSTM, LSTM_OWN_WIDTH, LSTM_UNCALIBRATED] {
-                horizon.trackers[who].reset();
-                horizon.shifts[who] = Shifts::default();
+                horizon.calibrations[who].reset();
                 horizon.blend.forget(who);
                 for issued in horizon.pending.iter_mut().flatten() {
                     issued.gave[who] = false;
@@ -368,10 +417,8 @@ impl OutlookSeries {
             && self.histogram.is_sound()
             && self.horizons.len() == HORIZONS
             && self.horizons.iter().all(|horizon| {
-                horizon.trackers.len() == CANDIDATES.len()
-                    && horizon.trackers.iter().all(Tracker::is_sound)
-                    && horizon.shifts.len() == CANDIDATES.len()
-                    && horizon.shifts.iter().all(Shifts::is_sound)
+                horizon.calibrations.len() == CANDIDATES.len()
+                    && horizon.calibrations.iter().all(Calibration::is_sound)
                     && horizon.blend.is_sound(CANDIDATES.len())
             })
     }
@@ -380,7 +427,7 @@ impl OutlookSeries {
         let horizon = |horizon: &Horizon| {
             size_of::<Horizon>()
                 + horizon.pending.capacity() * size_of::<Option<Issued>>()
-                + horizon.trackers.iter().map(|tracker| size_of::<Tracker>() + tracker.heap_bytes()).sum::<usize>()
+                + horizon.calibrations.iter().map(Calibration::bytes).sum::<usize>()
         };
         size_of::<Self>()
             + self.memory.heap_bytes()
@@ -392,11 +439,7 @@ impl OutlookSeries {
 
 impl Horizon {
     fn give(&self, issued: &mut Issued, who: usize, points: Points, config: &OutlookConfig) {
-        issued.bands[who] = match who {
-            LSTM_UNCALIBRATED => points.map(|point| point.max(0.0)),
-            HISTOGRAM | LSTM_OWN_WIDTH | BLEND => self.shifts[who].band(&points),
-            _ => self.trackers[who].band(&points, config.floor),
-        };
+        issued.bands[who] = self.calibrations[who].band(&points, config.floor);
         issued.points[who] = points;
         issued.gave[who] = true;
     }
@@ -404,8 +447,7 @@ impl Horizon {
     fn score(&mut self, issued: Issued, actual: f64, steps: usize, config: &OutlookConfig) {
         let rates: Rates = config.rates(steps);
         for who in (0..CANDIDATES.len()).filter(|who| issued.gave[*who]) {
-            self.trackers[who].score(&issued.points[who], &issued.bands[who], config.floor, actual, &rates);
-            self.shifts[who].score(&issued.bands[who], actual, SHIFT_RATE);
+            self.calibrations[who].score(&issued.points[who], &issued.bands[who], config.floor, actual, &rates);
             self.blend.score(who, &issued.bands[who], actual);
         }
         let View { last, scale, linear_inputs, .. } = issued.view;

@@ -165,8 +165,8 @@ fn what_was_learned_is_kept_and_a_bad_image_is_refused_by_name() {
         assert!(error.contains(words), "{error}");
         assert!(fresh.names.is_empty());
     };
-    refused(b"", "does not begin as one");
-    refused(&crate::Forecaster::new(crate::ForecastConfig::default()).export(), "does not begin as one");
+    refused(b"", "does not begin with \"WSWPOUTL\"");
+    refused(&crate::Forecaster::new(crate::ForecastConfig::default()).export(), "does not begin with \"WSWPOUTL\"");
     refused(&image[..image.len() - 1], "cut off or added to");
     for at in [8, 30, image.len() / 2, image.len() - 1] {
         let mut flipped = image.clone();

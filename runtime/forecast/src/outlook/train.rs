@@ -36,7 +36,7 @@ fn prepare(history: &History, config: &OutlookConfig) -> Option<Prepared> {
     for (unix_ms, value) in history {
         if series.begin(*unix_ms, *value, config) {
             samples.push(Sample { inputs: series.inputs, targets: None });
-            taken.push(((unix_ms + config.step_ms / 2) / config.step_ms, series.last_value(), series.origin()));
+            taken.push((config.step_number(*unix_ms), series.last_value(), series.origin()));
             series.finish(None, config);
         }
     }
