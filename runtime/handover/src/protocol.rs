@@ -89,24 +89,26 @@ impl Supervisor {
             succeeded = Some(format!("{}; {} took over its state", stop.reason, attempt.to));
             self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a))
         });
-        let kept = result.as_ref().err().and_then(|_| self.why_kept(&mut attempt));
-        let (verdict, reason) = match (result, kept) {
+        let back = result.as_ref().err().map(|_| match self.why_kept(&mut attempt) {
+            Some(because) => Ok(Back::Kept(because)),
+            None => self.unwind(&mut attempt),
+        });
+        let (verdict, reason) = match (result, back) {
             (Ok(()), _) => (Verdict::Committed, succeeded),
-            (Err(stop), Some(because)) => {
+            (Err(stop), Some(Ok(Back::Kept(because)))) => {
                 let kept = format!("{}; kept all the same, because {because}", stop.reason);
                 let committed = self.timed(&mut attempt, Phase::Commit, |s, a| s.commit(plan, a));
                 debug_assert!(committed.is_ok(), "nothing in COMMIT can fail");
                 (Verdict::Committed, Some(kept))
             }
-            (Err(stop), None) => {
-                let back = self.unwind(&mut attempt);
+            (Err(stop), back) => {
                 let verdict = if attempt.promoted { Verdict::RolledBack } else { Verdict::Aborted };
                 let failed = attempt.phases.iter().find(|timing| timing.outcome == PhaseOutcome::Failed);
                 let mut reason = match (verdict, failed) {
                     (Verdict::Aborted, Some(timing)) => format!("{} during {}", stop.reason, timing.phase),
                     _ => stop.reason,
                 };
-                if let Err(trouble) = back {
+                if let Some(Err(trouble)) = back {
                     reason.push_str(&format!("; going back: {}", trouble.reason));
                 }
                 (verdict, Some(reason))
@@ -514,7 +516,7 @@ impl Supervisor {
     }
 
     /// Makes the old generation the owner again, however far the handover got.
-    fn unwind(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+    fn unwind(&mut self, attempt: &mut Attempt) -> Result<Back, Stop> {
         if attempt.promoted {
             return self.roll_back(attempt);
         }
@@ -526,7 +528,7 @@ impl Supervisor {
                 first_trouble = first_trouble.and(Err(stop));
             }
         }
-        first_trouble
+        first_trouble.map(|()| Back::Done)
     }
 
     fn undo(&mut self, step: Undo, attempt: &mut Attempt) -> Result<(), Stop> {
@@ -553,7 +555,7 @@ impl Supervisor {
         }
     }
 
-    fn roll_back(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+    fn roll_back(&mut self, attempt: &mut Attempt) -> Result<Back, Stop> {
         let (from, to) = (attempt.from, attempt.to);
         self.conditions.release(&self.record.file.name);
         if attempt.rung < Rung::Fds {
@@ -562,28 +564,37 @@ impl Supervisor {
             self.retire(to);
             // It only finishes what it has; its state is its own at this rung.
             self.ownership.release(to.0);
-            return Ok(());
+            return Ok(Back::Done);
         }
         let alive = self.members.get(&to).is_some_and(|member| !member.closed) && !self.is_dead(to);
-        let switched = (alive && attempt.answers).then(|| {
-            // The parked one takes in what was written since, while the worse one still serves.
-            if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
-                tracing::warn!("{}", stop.reason);
+        if !alive || !attempt.answers {
+            self.take_back(attempt)?;
+            return self.discard_follower_of(from, to).map(|()| Back::Done);
+        }
+        // The parked one takes in what was written since, while the worse one still serves.
+        if let Err(stop) = self.catch_up(to, from, Instant::now() + HAND_BACK_TIME_MAX) {
+            if self.stands_still(from) {
+                return Ok(Back::Kept(stop.reason));
             }
-            let budget = self.hand_back_time(attempt, HAND_BACK_TIME_MAX);
-            self.switch(attempt, to, from, budget)
-        });
-        match switched {
-            Some(Ok(times)) => {
-                attempt.blackouts.push(self.blackout(attempt.handover, to, from, &times));
+            tracing::warn!("{}", stop.reason);
+        }
+        let budget = self.hand_back_time(attempt, HAND_BACK_TIME_MAX);
+        let servings = self.ownership.servings();
+        match self.switch(attempt, to, from, budget) {
+            Ok(times) => attempt.blackouts.push(self.blackout(attempt.handover, to, from, &times)),
+            Err(SwitchError::Before { stop, .. } | SwitchError::After { stop, .. })
+                if self.stands_still(from) && !self.stands_still(to) =>
+            {
+                attempt.servings = servings;
+                self.keep(attempt)?;
+                return Ok(Back::Kept(stop.reason));
             }
-            Some(Err(SwitchError::Before { stop, .. } | SwitchError::After { stop, .. })) => {
+            Err(SwitchError::Before { stop, .. } | SwitchError::After { stop, .. }) => {
                 tracing::warn!("{to} does not hand back ({}); it is ended", stop.reason);
                 self.take_back(attempt)?;
             }
-            None => self.take_back(attempt)?,
         }
-        self.discard_follower_of(from, to)
+        self.discard_follower_of(from, to).map(|()| Back::Done)
     }
 
     /// The way back is over: `owner` goes on alone.
@@ -631,6 +642,14 @@ struct SwitchTimes {
     owned: Instant,
     connections_open: u64,
     connections_adopted: u64,
+}
+
+/// What became of a way back.
+enum Back {
+    /// The old generation serves again.
+    Done,
+    /// It cannot, for this reason; the new one serves on.
+    Kept(String),
 }
 
 enum SwitchError {

@@ -27,9 +27,13 @@ impl Supervisor {
             && attempt.rung >= Rung::Fds
             && self.has_whole_state(attempt)
             && self.members.get(&attempt.to).is_some_and(ready)
-            && (self.is_dead(attempt.from) || self.is_stopped(attempt.from))
-            && !self.is_dead(attempt.to)
-            && !self.is_stopped(attempt.to)
+            && self.stands_still(attempt.from)
+            && !self.stands_still(attempt.to)
+    }
+
+    /// Dead or stopped: it serves nobody.
+    pub(crate) fn stands_still(&self, generation: Generation) -> bool {
+        self.is_dead(generation) || self.is_stopped(generation)
     }
 
     /// State in the shared log is there for whoever comes. What is copied has arrived when SYNC has ended, or never does.
@@ -68,6 +72,14 @@ impl Supervisor {
         if self.inherit(attempt, to, from)? {
             Self::note_unreturned_state(attempt);
         }
+        Ok(())
+    }
+
+    /// The old one, which was to serve again, died or stopped as it was about to: the new one, however bad, is what there is.
+    pub(crate) fn keep(&mut self, attempt: &mut Attempt) -> Result<(), Stop> {
+        let (from, to) = (attempt.from, attempt.to);
+        self.end_and_hear(from)?;
+        self.inherit(attempt, from, to)?;
         Ok(())
     }
 
