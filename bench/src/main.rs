@@ -22,6 +22,7 @@ mod rows;
 mod stats;
 mod suite;
 mod transfer;
+mod tuner;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -48,6 +49,8 @@ enum Suite {
     Probes(probes::Options),
     /// Forecasts on real traces, beside the baselines with the same calibration.
     Forecast(forecast::Options),
+    /// How much to reserve, on real traces: the tuner beside what autoscalers do.
+    Tuner(tuner::Options),
     /// What a forecast costs: the step beside ONNX Runtime, a tick of 1,000 profiles, the memory of 10,000.
     Infer(Options),
     /// The other process of `transfer`.
@@ -57,6 +60,9 @@ enum Suite {
     #[command(name = probes::worker::COMMAND, hide = true)]
     Work,
     /// A process that burns CPU, for the suites' own use.
+    /// Train the base of forecasts over minutes on made-up loads, and write it; takes some minutes.
+    #[command(hide = true)]
+    Base { file: PathBuf },
     #[command(name = hogs::COMMAND, hide = true)]
     Burn,
 }
@@ -95,6 +101,8 @@ fn run(args: Args) -> Result<ExitCode> {
         Suite::Infer(options) => measure("infer", &options, infer::run),
         Suite::Work => probes::worker::run().map(|()| ExitCode::SUCCESS),
         Suite::Receive => transfer::receiver::run().map(|()| ExitCode::SUCCESS),
+        Suite::Tuner(options) => measure("tuner", &options.common, |_, _| tuner::run(&options)),
+        Suite::Base { file } => forecast::make_base(&file).map(|()| ExitCode::SUCCESS),
         Suite::Burn => match hogs::burn()? {},
     }
 }

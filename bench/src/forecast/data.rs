@@ -12,23 +12,23 @@ use crate::stats::median;
 
 /// One column of one entity.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Series {
-    pub(super) entity: String,
-    pub(super) column: String,
+pub(crate) struct Series {
+    pub(crate) entity: String,
+    pub(crate) column: String,
     /// Number of the step, and the mean of what was in it; rising.
-    pub(super) values: Vec<(u64, f64)>,
+    pub(crate) values: Vec<(u64, f64)>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Trace {
+pub(crate) struct Trace {
     /// The file without its endings.
-    pub(super) name: String,
-    pub(super) step_s: u64,
-    pub(super) series: Vec<Series>,
+    pub(crate) name: String,
+    pub(crate) step_s: u64,
+    pub(crate) series: Vec<Series>,
 }
 
 /// The trace files of a folder, or of its `traces/`.
-pub(super) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let traces = folder.join("traces");
     let folder = if traces.is_dir() { &traces } else { folder };
     let entries = std::fs::read_dir(folder).with_context(|| format!("cannot read the folder {}", folder.display()))?;
@@ -46,7 +46,7 @@ pub(super) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Reads a file.
-pub(super) fn read(path: &Path) -> Result<Trace> {
+pub(crate) fn read(path: &Path) -> Result<Trace> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let reader: Box<dyn Read> =

@@ -4,18 +4,21 @@
 //! models, blend and champions learn from each value as it comes, as they do at work. Nothing is known of a value before it has
 //! been forecast. Every baseline is calibrated as adaptively. `docs/benchmarks.md` says how each row is measured.
 
-mod data;
-mod replay;
+pub(crate) mod data;
+pub(crate) mod replay;
 mod tally;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::json;
-use warmswap_forecast::TrainConfig;
+use warmswap_forecast::{TrainConfig, seal_base, train_base};
 use warmswap_model::Champion;
 
+use crate::interrupt;
+use crate::progress::Progress;
 use crate::rows::{Conditions, Row};
 use crate::stats::{median, quantile, quartiles};
 use crate::suite::Outcome;
@@ -81,6 +84,20 @@ pub(crate) fn run(options: &Options) -> Result<Outcome> {
             .note(worst.map(|(name, _)| name.clone())),
     );
     Ok(outcome)
+}
+
+/// Makes the file that outlooks begin with.
+pub(crate) fn make_base(path: &Path) -> Result<()> {
+    interrupt::install()?;
+    let mut progress = Progress::begin("the base, on made-up loads");
+    let weights = train_base(&mut |at| {
+        let loss = at.held_out_loss.map_or_else(String::new, |loss| format!(", held-out loss {loss:.4}"));
+        progress.at(format_args!("training step {} of {}{loss}", at.step, at.steps_max));
+        if interrupt::check().is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    let (before, after) = (weights.validation.loss_before, weights.validation.loss);
+    println!("held-out loss {after:.4}, untrained {before:.4}, after {} steps", weights.steps);
+    std::fs::write(path, seal_base(&weights)).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn mean(values: &[f64]) -> Option<f64> {

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use anyhow::Result;
 use warmswap_forecast::{
-    HORIZONS, History, ModelWeights, Outlook, OutlookConfig, TrainConfig, TrainError, train_outlook,
+    HORIZONS, History, ModelWeights, Outlook, OutlookConfig, SeriesId, TrainConfig, TrainError, train_outlook,
 };
 
 use super::data::{Series, Trace};
@@ -22,12 +22,12 @@ pub(super) const TESTED_MIN: u64 = 100;
 
 /// How much is done.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Effort {
+pub(crate) struct Effort {
     /// Series of each column, evenly chosen.
-    pub(super) series_max: usize,
+    pub(crate) series_max: usize,
     /// Newest steps of each series.
-    pub(super) steps_max: u64,
-    pub(super) train: TrainConfig,
+    pub(crate) steps_max: u64,
+    pub(crate) train: TrainConfig,
 }
 
 /// What became of one series.
@@ -47,6 +47,54 @@ pub(super) struct Replayed {
 }
 
 pub(super) fn replay(trace: &Trace, effort: &Effort) -> Result<Replayed> {
+    let mut tallies: Vec<[Tally; HORIZONS]> = Vec::new();
+    let walked = walk(trace, effort, &mut |after| {
+        if tallies.len() <= after.series {
+            tallies.resize_with(after.series + 1, Default::default);
+        }
+        if after.step >= after.test_from {
+            for scored in after.outlook.scored(after.id) {
+                tallies[after.series][scored.horizon].add(&scored);
+            }
+        }
+    })?;
+    tallies.resize_with(walked.chosen.len(), Default::default);
+    let series = walked
+        .chosen
+        .iter()
+        .zip(tallies)
+        .map(|(series, tallies)| Outcome {
+            column: series.column.clone(),
+            naive_error: naive_error(series, walked.test_from),
+            tallies,
+        })
+        .collect();
+    Ok(Replayed { config: walked.config, series, training: walked.training })
+}
+
+/// An outlook after it has seen one value of one series.
+pub(crate) struct After<'a> {
+    pub(crate) outlook: &'a Outlook,
+    pub(crate) id: SeriesId,
+    /// Place in [`Walked::chosen`].
+    pub(crate) series: usize,
+    pub(crate) step: u64,
+    pub(crate) value: f64,
+    pub(crate) test_from: u64,
+}
+
+/// What was walked through.
+pub(crate) struct Walked {
+    pub(crate) config: OutlookConfig,
+    pub(crate) chosen: Vec<Series>,
+    /// First step that counts.
+    pub(crate) test_from: u64,
+    /// Optimiser steps and held-out loss, or why there is no network.
+    pub(crate) training: std::result::Result<(u64, f64), TrainError>,
+}
+
+/// Shows a trace to an outlook, step by step, and has the network trained on the way.
+pub(crate) fn walk(trace: &Trace, effort: &Effort, look: &mut dyn FnMut(&After<'_>)) -> Result<Walked> {
     let chosen = choose(&trace.series, effort);
     let step_ms = trace.step_s * 1000;
     let config = OutlookConfig::every(step_ms);
@@ -59,7 +107,6 @@ pub(super) fn replay(trace: &Trace, effort: &Effort) -> Result<Replayed> {
     let ids: Vec<_> = chosen.iter().map(|s| outlook.open(&format!("{}/{}", s.entity, s.column))).collect();
     let mut next = vec![0; chosen.len()];
     let (mut values, mut present) = (Vec::with_capacity(chosen.len()), Vec::with_capacity(chosen.len()));
-    let mut tallies = vec![<[Tally; HORIZONS]>::default(); chosen.len()];
     let mut training = Err(TrainError::Interrupted);
     let what = format!("{}: {} series of {} s steps", trace.name, chosen.len(), trace.step_s);
     let mut progress = Progress::begin(&what);
@@ -84,28 +131,15 @@ pub(super) fn replay(trace: &Trace, effort: &Effort) -> Result<Replayed> {
             }
         }
         outlook.observe(step * step_ms, &values);
-        if step >= test_from {
-            for at in &present {
-                for scored in outlook.scored(ids[*at]) {
-                    tallies[*at][scored.horizon].add(&scored);
-                }
-            }
+        for (series, (id, value)) in present.iter().zip(&values) {
+            look(&After { outlook: &outlook, id: *id, series: *series, step, value: *value, test_from });
         }
         if step % 64 == 0 {
             interrupt::check()?;
             progress.at(format_args!("step {} of {}", step - first, last - first));
         }
     }
-    let series = chosen
-        .iter()
-        .zip(tallies)
-        .map(|(series, tallies)| Outcome {
-            column: series.column.clone(),
-            naive_error: naive_error(series, test_from),
-            tallies,
-        })
-        .collect();
-    Ok(Replayed { config, series, training })
+    Ok(Walked { config, chosen, test_from, training })
 }
 
 /// What the effort allows, with the newest steps.

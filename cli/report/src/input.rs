@@ -147,6 +147,8 @@ pub struct ForecastSeries {
     pub resource: Resource,
     /// Who made the forecast at the end, in words.
     pub champion: String,
+    /// How the LSTM fares, in words.
+    pub lstm: String,
     /// Ascending in time.
     pub points: Vec<ForecastPoint>,
 }
@@ -159,20 +161,30 @@ pub struct ForecastPoint {
     pub q05: Option<f64>,
     pub q50: Option<f64>,
     pub q95: Option<f64>,
+    /// The LSTM's own, whoever served.
+    pub lstm_q05: Option<f64>,
+    pub lstm_q95: Option<f64>,
 }
 
 impl ForecastSeries {
     /// Share of the actual values that lay inside the band, and how many were compared.
     #[must_use]
     pub fn coverage(&self) -> Option<(f64, usize)> {
-        let compared: Vec<bool> = self
-            .points
-            .iter()
-            .filter_map(|p| {
-                let (actual, low, high) = (p.actual?, p.q05?, p.q95?);
-                Some((low..=high).contains(&actual))
-            })
-            .collect();
+        self.share_within(|point| (point.q05, point.q95))
+    }
+
+    /// The same of the LSTM's own band.
+    #[must_use]
+    pub fn lstm_coverage(&self) -> Option<(f64, usize)> {
+        self.share_within(|point| (point.lstm_q05, point.lstm_q95))
+    }
+
+    fn share_within(&self, band: impl Fn(&ForecastPoint) -> (Option<f64>, Option<f64>)) -> Option<(f64, usize)> {
+        let within = |point: &ForecastPoint| {
+            let (low, high) = band(point);
+            Some((low?..=high?).contains(&point.actual?))
+        };
+        let compared: Vec<bool> = self.points.iter().filter_map(within).collect();
         let inside = compared.iter().filter(|inside| **inside).count();
         (!compared.is_empty()).then(|| (inside as f64 / compared.len() as f64, compared.len()))
     }

@@ -222,8 +222,8 @@ fn forecast_section(out: &mut String, forecasts: &[ForecastSeries]) {
     }
     out.push_str(
         "<section>\n<h2>Forecast and actual</h2>\n<p class=\"legend\"><span><i class=\"key band\"></i>forecast, 90 % \
-         interval</span><span><i class=\"key median\"></i>forecast, median</span><span><i class=\"key actual\"></i>\
-         actual</span></p>\n<div class=\"grid2\">\n",
+         interval</span><span><i class=\"key median\"></i>forecast, median</span><span><i class=\"key lstm\"></i>LSTM, 90 % \
+         interval</span><span><i class=\"key actual\"></i>actual</span></p>\n<div class=\"grid2\">\n",
     );
     for series in shown {
         let covered = series.coverage().map_or_else(
@@ -241,6 +241,10 @@ fn forecast_section(out: &mut String, forecasts: &[ForecastSeries]) {
         for size in Size::BOTH {
             out.push_str(&charts::forecast(series, size));
         }
+        let covered = series.lstm_coverage().map_or_else(String::new, |(share, compared)| {
+            format!("{:.0} % of {} inside its 90 % interval · ", share * 100.0, count(compared as u64))
+        });
+        let _ = writeln!(out, "<p class=\"note\">LSTM: {}</p>", escape(&format!("{covered}{}", series.lstm)));
         out.push_str("</figure>\n");
     }
     out.push_str("</div>\n</section>\n");

@@ -127,7 +127,15 @@ proptest! {
         });
         input.forecasts[0].points = values
             .iter()
-            .map(|(a, b, n)| ForecastPoint { unix_ms: *n, actual: *a, q05: *b, q50: *a, q95: *b })
+            .map(|(a, b, n)| ForecastPoint {
+                unix_ms: *n,
+                actual: *a,
+                q05: *b,
+                q50: *a,
+                q95: *b,
+                lstm_q05: *a,
+                lstm_q95: *b,
+            })
             .collect();
         let html = render(&input);
         prop_assert!(!html.contains("NaN") && !html.contains("inf "), "a number that is none");

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use warmswap_agent::api::{Fault, ForecastAnswer, RunRequest, ServiceStatus, UpdateLine, UpdateRequest};
+use warmswap_agent::api::{Fault, ForecastAnswer, ResourceReport, RunRequest, ServiceStatus, UpdateLine, UpdateRequest};
 use warmswap_load::{Load, LoadConfig, LoadResult, RunningLoad};
-use warmswap_model::{HandoverReport, PerResource, Resource, Verdict};
+use warmswap_model::{Champion, HandoverReport, PerResource, Resource, Verdict};
 use warmswap_report::{
     ClientLoad, ClientView, ForecastPoint, ForecastSeries, HandoverView, Machine, ReportInput, text_table,
 };
@@ -300,12 +300,13 @@ fn machine() -> Machine {
 }
 
 fn forecast_series(answer: &ForecastAnswer) -> Vec<ForecastSeries> {
-    let champion = |resource: Resource| {
-        answer.report.as_ref().map_or_else(String::new, |report| report.resources[resource].why.clone())
+    let of = |resource: Resource, say: fn(&ResourceReport) -> String| {
+        answer.report.as_ref().map_or_else(String::new, |report| say(&report.resources[resource]))
     };
     let series: PerResource<ForecastSeries> = PerResource::from_fn(|resource| ForecastSeries {
         resource,
-        champion: champion(resource),
+        champion: of(resource, |own| own.why.clone()),
+        lstm: of(resource, how_the_lstm_fares),
         points: answer
             .bands
             .iter()
@@ -317,12 +318,25 @@ fn forecast_series(answer: &ForecastAnswer) -> Vec<ForecastSeries> {
                     q05: Some(quantiles.q05),
                     q50: Some(quantiles.q50),
                     q95: Some(quantiles.q95),
+                    lstm_q05: band.lstm[resource].map(|lstm| lstm.q05),
+                    lstm_q95: band.lstm[resource].map(|lstm| lstm.q95),
                 }
             })
             .collect(),
     });
     let PerResource { cpu, memory, network, disk } = series;
     vec![cpu, memory, network, disk]
+}
+
+fn how_the_lstm_fares(own: &ResourceReport) -> String {
+    let lstm = own.candidates.iter().find(|candidate| candidate.candidate == Champion::Lstm);
+    let Some((lstm, loss)) = lstm.and_then(|lstm| Some((lstm, lstm.loss?))) else {
+        return "none of its forecasts has come due: it was not trained in time".into();
+    };
+    let others = own.candidates.iter().filter(|other| other.candidate != Champion::Lstm);
+    let best = others.filter_map(|other| Some((other.loss?, other.candidate.name()))).min_by(|a, b| a.0.total_cmp(&b.0));
+    let beside = best.map_or_else(String::new, |(loss, name)| format!(", {name} of {loss:.3}"));
+    format!("recent loss of {loss:.3} {}{beside}, over {} forecasts", own.unit, lstm.scored)
 }
 
 /// Everything that is not as it should be, in words. The verdicts are what the demo is for: v2 commits, v3 rolls back,

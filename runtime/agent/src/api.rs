@@ -23,9 +23,9 @@ mod live;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-pub use warmswap_forecast::{ForecastReport, LstmState};
+pub use warmswap_forecast::{ForecastReport, LstmState, ResourceReport};
 pub use warmswap_handover::{MemberStatus, Progress, Role};
-use warmswap_model::{DemandVector, FeatureWindow, Generation, HandoverReport, PerResource, ServiceName};
+use warmswap_model::{DemandVector, FeatureWindow, Generation, HandoverReport, PerResource, Quantiles, ServiceName};
 use warmswap_policy::TunerReport;
 
 pub use live::{Container, Dropped, KernelCost, Live, LiveContainer, News, NewsKind, ProbeCost, Tool};
@@ -138,6 +138,9 @@ pub struct ForecastAnswer {
 pub struct Band {
     pub unix_ms: u64,
     pub demand: DemandVector,
+    /// The LSTM's own, whoever served.
+    #[serde(default)]
+    pub lstm: PerResource<Option<Quantiles>>,
     /// In the same terms as the forecast (see `DemandVector`).
     pub actual: PerResource<f64>,
 }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use warmswap_backend::{ContainerId, ContainerUsage, PreparedImage};
 use warmswap_handover::{MemberStatus, Plan, Role, Supervisor, Version};
 use warmswap_model::{
-    CgroupId, Generation, HandoverReport, ImageRef, PerResource, Resource, ServiceFile, ServiceName, Trigger, Verdict,
+    CgroupId, Generation, HandoverReport, ImageRef, PerResource, ServiceFile, ServiceName, Trigger, Verdict,
 };
 use warmswap_policy::{Activity, Event, Outcome, Rails, ServiceState, Tuner, TunerReport, reservation};
 
@@ -228,9 +228,10 @@ impl Actor {
         let percent = self.tuner.choose(random::uniform());
         let forecast = lock(&self.shared.forecaster).demand(&name);
         // Without a forecast the ceiling is held: a shadow must not starve because nobody has watched for long enough.
-        let reserved = forecast.as_ref().map_or(
+        let base = forecast.as_ref().map(|demand| demand.quantiles.map(|r, forecast| self.tuner.base(r, forecast)));
+        let reserved = base.as_ref().map_or(
             PerResource { cpu: 0.0, memory: settings.resources.memory_mb_max, network: 0.0, disk: 0.0 },
-            |demand| reservation(demand, self.memory_mb(), &percent, &rails),
+            |base| reservation(base, self.memory_mb(), &percent, &rails),
         );
         let plan = Plan {
             handover: self.shared.history.next_handover_id()?,
@@ -249,7 +250,9 @@ impl Actor {
         self.handle.handovers.fetch_add(1, Ordering::Relaxed);
         let record = self.supervisor.record();
         *lock(&self.handle.file) = (record.file.clone(), record.folder.clone());
-        self.learn(&report, &percent);
+        if let Some(base) = base {
+            self.learn(&report, base, percent);
+        }
         self.shared.history.append_report(&report)?;
         tracing::info!(
             "{name}: handover {} from {} to {}: {}{}",
@@ -275,15 +278,15 @@ impl Actor {
     }
 
     /// Predicted against actual, back into the percentages.
-    fn learn(&mut self, report: &HandoverReport, percent: &PerResource<f64>) {
-        let (Some(forecast), Some(after)) = (&report.forecast, &report.after) else { return };
+    fn learn(&mut self, report: &HandoverReport, base: PerResource<f64>, percent: PerResource<f64>) {
+        let Some(after) = &report.after else { return };
         let p99 = |side: &Option<warmswap_model::Measurements>| side.as_ref().and_then(|side| side.p99_us);
         let dip = matches!((p99(&report.before), p99(&report.after)),
             (Some(before), Some(after)) if after > before * DIP_RATIO);
         let usage = self.usage();
         self.tuner.learn(&Outcome {
-            percent: *percent,
-            base: PerResource::from_fn(|resource: Resource| forecast.quantiles[resource].q90),
+            percent,
+            base,
             actual: after.usage,
             dip,
             throttled: report.verdict == Verdict::Committed && usage.throttled_ns > 0,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use warmswap_backend::ContainerId;
 use warmswap_history::{BlobKind, Retention};
-use warmswap_model::{DemandVector, FeatureWindow, PerResource, Resource, ServiceName, Trigger};
+use warmswap_model::{DemandVector, FeatureWindow, PerResource, Quantiles, Resource, ServiceName, Trigger};
 use warmswap_policy::{Admission, Request, TriggerInput, TriggerState, triggers};
 
 use crate::alarms::Alarms;
@@ -30,6 +30,7 @@ const TREND_WINDOWS: usize = 300;
 struct Due {
     at_unix_ms: u64,
     demand: DemandVector,
+    lstm: PerResource<Option<Quantiles>>,
 }
 
 /// Runs until `stop`.
@@ -95,15 +96,16 @@ fn observe(shared: &Shared, windows: &[(ServiceName, FeatureWindow)], due: &mut 
         let waiting = due.entry(name.clone()).or_default();
         let passed = waiting.iter().take_while(|forecast| forecast.at_unix_ms <= now).count();
         let kept = bands.entry(name.clone()).or_default();
-        for Due { at_unix_ms, demand } in waiting.drain(..passed) {
+        for Due { at_unix_ms, demand, lstm } in waiting.drain(..passed) {
             let steps = (demand.horizon_s.round() as usize).max(1);
             let actual = actual_demand(&shared.observatory.windows(name, steps));
-            kept.push(Band { unix_ms: at_unix_ms, demand, actual });
+            kept.push(Band { unix_ms: at_unix_ms, demand, lstm, actual });
         }
         let surplus = kept.len().saturating_sub(BANDS_KEPT);
         kept.drain(..surplus);
         if let Some(demand) = forecaster.demand(name) {
-            waiting.push(Due { at_unix_ms: now + (demand.horizon_s * 1e3) as u64, demand });
+            let at_unix_ms = now + (demand.horizon_s * 1e3) as u64;
+            waiting.push(Due { at_unix_ms, demand, lstm: forecaster.lstm(name) });
         }
     }
 }

@@ -1,33 +1,35 @@
-//! Adaptive conformal calibration, loss and coverage of one candidate on one series.
+//! Calibration over many steps, for the clocks on which there is time for it; and what all calibrations share.
 //!
 //! A candidate gives a median and how far it may be off on either side. What came is kept as a *score*: the error
-//! divided by that distance. The calibrated quantile of level *p* is the empirical quantile of the scores of the last
-//! [`WINDOW`] steps, put back into the candidate's distances: honest for any distribution, without a model of it.
+//! divided by that distance. [`Conformal`]: the calibrated quantile of level *p* is the empirical quantile of the scores of the
+//! last [`WINDOW`] steps, put back into the candidate's distances: honest for any distribution, without a model of it.
 //! Under drift the past is not like the future, so the level that is looked up adapts (Gibbs and Candès 2021): when a
 //! value comes in below the quantile of level *p*, the lookup moves down by `rate·(1−p)`, otherwise up by `rate·p`.
-//! Whatever the series does, the share of values below the quantile tends to *p*.
+//! Whatever the series does, the share of values below the quantile tends to *p*. [`crate::tracker`] does without the scores.
 
 use serde::{Deserialize, Serialize};
 use warmswap_model::Quantiles;
 
-use crate::ForecastConfig;
-
 pub(crate) const LEVELS: usize = Quantiles::LEVELS.len();
 
 /// Steps whose scores are kept. Forecasts over several steps overlap, and neighbouring scores say nearly the same: only
-/// every [`Rates::stride`]-th is kept, which saves memory and most of the work of a tick.
+/// every [`Rates::stride`]-th is kept, which saves memory and work.
 const WINDOW: usize = 256;
 /// Until there are so many, every score is kept.
 const STRIDE_FROM: usize = 64;
 /// A score beyond this is as surprising as it gets.
-const SCORE_MAX: f64 = 1e30;
+pub(crate) const SCORE_MAX: f64 = 1e30;
 /// Scores that the candidate's own distribution counts for at the start; it counts for nothing after `PRIOR_UNTIL`.
 const PRIOR: f64 = 12.0;
 const PRIOR_UNTIL: usize = 64;
+
+/// The share that a candidate's own distribution has beside what so many scores say.
+pub(crate) fn prior_share(scores: usize) -> f64 {
+    if scores < PRIOR_UNTIL { PRIOR / (PRIOR + scores as f64) } else { 0.0 }
+}
+
 /// Lookup levels outside 0 to 1 go beyond the largest score; further than this they stop.
 const LOOKUP_BEYOND: f64 = 0.3;
-/// Steps over which the mean absolute error is averaged.
-const ERROR_MEMORY: f64 = 120.0;
 /// Scored forecasts before coverage is told.
 pub(crate) const COVERAGE_MIN: u32 = 50;
 
@@ -39,10 +41,11 @@ pub(crate) struct Mean {
 }
 
 impl Mean {
-    pub(crate) fn add(&mut self, value: f64, memory_steps: f64) {
-        let keep = 1.0 - 1.0 / memory_steps;
-        self.sum = self.sum * keep + value;
-        self.weight = self.weight * keep + 1.0;
+    /// Adds a value that stands for `steps` steps.
+    pub(crate) fn add(&mut self, value: f64, steps: f64, memory_steps: f64) {
+        let keep = (1.0 - steps / memory_steps).max(0.0);
+        self.sum = self.sum * keep + steps * value;
+        self.weight = self.weight * keep + steps;
     }
 
     pub(crate) fn get(&self) -> Option<f64> {
@@ -55,44 +58,48 @@ impl Mean {
     }
 }
 
-/// The last scores, in the order they came and sorted.
+/// The last scores, sorted.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Scores {
-    ring: Vec<f32>,
     sorted: Vec<f32>,
-    head: usize,
+    /// Of each the number it came with, which goes round: with it the oldest one is found.
+    numbers: Vec<u8>,
+    next: u8,
 }
 
 impl Scores {
-    fn new(rates: &Rates) -> Self {
-        let window = WINDOW / rates.stride;
-        Self { ring: Vec::with_capacity(window), sorted: Vec::with_capacity(window), head: 0 }
+    fn new(kept: usize) -> Self {
+        Self { sorted: Vec::with_capacity(kept), numbers: Vec::with_capacity(kept), next: 0 }
     }
 
     fn clear(&mut self) {
-        self.ring.clear();
         self.sorted.clear();
-        self.head = 0;
+        self.numbers.clear();
     }
 
-    fn add(&mut self, score: f32, window: usize) {
+    /// `kept` is at most [`WINDOW`], which is how many numbers there are.
+    fn add(&mut self, score: f32, kept: usize) {
+        let number = self.next;
+        self.next = number.wrapping_add(1);
         let to = self.sorted.partition_point(|other| *other < score);
-        if self.ring.len() < window {
-            self.ring.push(score);
+        if self.sorted.len() < kept {
             self.sorted.insert(to, score);
+            self.numbers.insert(to, number);
             return;
         }
-        let old = std::mem::replace(&mut self.ring[self.head], score);
-        self.head = (self.head + 1) % self.ring.len();
-        let from = self.sorted.partition_point(|other| *other < old).min(self.sorted.len() - 1);
+        let oldest = number.wrapping_sub(self.sorted.len() as u8);
+        let from = self.numbers.iter().position(|other| *other == oldest).unwrap_or(0);
         // One move closes the gap of the old score and opens one for the new.
-        if from < to {
+        let at = if from < to {
             self.sorted.copy_within(from + 1..to, from);
-            self.sorted[to - 1] = score;
+            self.numbers.copy_within(from + 1..to, from);
+            to - 1
         } else {
             self.sorted.copy_within(to..from, to + 1);
-            self.sorted[to] = score;
-        }
+            self.numbers.copy_within(to..from, to + 1);
+            to
+        };
+        (self.sorted[at], self.numbers[at]) = (score, number);
     }
 
     /// The score at `level`, between the neighbours in rank; beyond the ends it goes on with the spread of all.
@@ -112,11 +119,17 @@ impl Scores {
 
     /// Whether an import brought something that [`Self::add`] could have made.
     fn is_sound(&self) -> bool {
-        self.ring.len() == self.sorted.len()
-            && self.ring.len() <= WINDOW
-            && (self.head == 0 || self.head < self.ring.len())
-            && self.sorted.windows(2).all(|pair| pair[0] <= pair[1])
-            && self.ring.iter().all(|score| score.is_finite())
+        let count = self.sorted.len();
+        let mut seen = [false; WINDOW];
+        count == self.numbers.len()
+            && count <= WINDOW
+            && self.sorted.iter().all(|score| score.is_finite())
+            && self.sorted.is_sorted()
+            // Each of the last numbers once.
+            && self.numbers.iter().all(|number| {
+                usize::from(self.next.wrapping_sub(*number).wrapping_sub(1)) < count
+                    && !std::mem::replace(&mut seen[usize::from(*number)], true)
+            })
     }
 }
 
@@ -124,73 +137,47 @@ impl Scores {
 pub(crate) type Points = [f64; LEVELS];
 
 /// How far the median may be off, below and above.
-fn distances(points: &Points, floor: f64) -> (f64, f64) {
+pub(crate) fn distances(points: &Points, floor: f64) -> (f64, f64) {
     ((points[1] - points[0]).max(floor), (points[3] - points[1]).max(floor))
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Tracker {
+pub(crate) struct Conformal {
     scores: Scores,
-    /// Which of every [`Rates::stride`] scores is kept: trackers take turns, so that ticks cost the same.
+    /// Which of every [`Rates::stride`] scores is kept: candidates take turns, so that ticks cost the same.
     phase: usize,
+    scored: u32,
     /// What is looked up for each level, and the scores found there when the last score was kept.
     lookups: [f64; LEVELS],
     found: [f64; LEVELS],
-    /// Mean absolute error of the median.
-    error: Mean,
-    loss: Mean,
-    covered: Mean,
-    pub(crate) scored: u32,
 }
 
-impl Tracker {
+impl Conformal {
     pub(crate) fn new(rates: &Rates, phase: usize) -> Self {
-        Self::with_scores(Scores::new(rates), phase)
+        Self::with_scores(Scores::new(rates.kept()), phase)
     }
 
     fn with_scores(scores: Scores, phase: usize) -> Self {
-        Self {
-            scores,
-            phase,
-            lookups: Quantiles::LEVELS,
-            found: [0.0; LEVELS],
-            error: Mean::default(),
-            loss: Mean::default(),
-            covered: Mean::default(),
-            scored: 0,
-        }
+        Self { scores, phase, scored: 0, lookups: Quantiles::LEVELS, found: [0.0; LEVELS] }
     }
 
     /// As new, with the memory it has.
     pub(crate) fn reset(&mut self) {
-        let empty = Scores { ring: Vec::new(), sorted: Vec::new(), head: 0 };
+        let empty = Scores { sorted: Vec::new(), numbers: Vec::new(), next: 0 };
         let mut scores = std::mem::replace(&mut self.scores, empty);
         scores.clear();
         *self = Self::with_scores(scores, self.phase);
     }
 
-    /// The median's typical error, not below `floor`.
-    pub(crate) fn error(&self, floor: f64) -> f64 {
-        self.error.get().unwrap_or(0.0).max(floor)
-    }
-
-    /// Calibrated quantiles. Usage is never negative, and the levels are sorted, so they cannot cross.
     pub(crate) fn band(&self, points: &Points, floor: f64) -> [f64; LEVELS] {
-        let mut band = *points;
-        let count = self.scores.sorted.len();
-        if count > 0 {
-            let own = if count < PRIOR_UNTIL { PRIOR / (PRIOR + count as f64) } else { 0.0 };
-            let (below, above) = distances(points, floor);
-            for (value, score) in band.iter_mut().zip(self.found) {
-                let calibrated = points[1] + score * if score < 0.0 { below } else { above };
-                *value = own * *value + (1.0 - own) * calibrated;
+        match self.scores.sorted.len() {
+            0 => calibrated(points, points, 0.0),
+            count => {
+                let (below, above) = distances(points, floor);
+                let found = self.found.map(|score| points[1] + score * if score < 0.0 { below } else { above });
+                calibrated(points, &found, 1.0 - prior_share(count))
             }
         }
-        for value in &mut band {
-            *value = value.max(0.0);
-        }
-        sort(&mut band);
-        band
     }
 
     /// Learns from a forecast and what came.
@@ -199,26 +186,15 @@ impl Tracker {
         let error = actual - points[1];
         let (below, above) = distances(points, floor);
         let score = error / if error < 0.0 { below } else { above };
-        self.error.add(error.abs(), ERROR_MEMORY);
-        self.loss.add(pinball(band, actual), rates.loss_memory);
-        self.covered.add(f64::from(u8::from(inside(band, actual))), rates.coverage_memory);
         for ((lookup, level), value) in self.lookups.iter_mut().zip(Quantiles::LEVELS).zip(band) {
             let under = f64::from(u8::from(actual < *value));
             *lookup = (*lookup + rates.calibration * (level - under)).clamp(-LOOKUP_BEYOND, 1.0 + LOOKUP_BEYOND);
         }
         if self.scores.sorted.len() < STRIDE_FROM || (self.scored as usize % rates.stride) == self.phase % rates.stride
         {
-            self.scores.add(score.clamp(-SCORE_MAX, SCORE_MAX) as f32, WINDOW / rates.stride);
+            self.scores.add(score.clamp(-SCORE_MAX, SCORE_MAX) as f32, rates.kept());
             self.found = self.lookups.map(|lookup| self.scores.at(lookup));
         }
-    }
-
-    pub(crate) fn loss(&self) -> Option<f64> {
-        self.loss.get()
-    }
-
-    pub(crate) fn coverage(&self) -> Option<f64> {
-        if self.scored >= COVERAGE_MIN { self.covered.get() } else { None }
     }
 
     pub(crate) fn is_sound(&self) -> bool {
@@ -227,8 +203,19 @@ impl Tracker {
 
     /// Memory beyond the struct itself, bytes.
     pub(crate) fn heap_bytes(&self) -> usize {
-        (self.scores.ring.capacity() + self.scores.sorted.capacity()) * size_of::<f32>()
+        self.scores.sorted.capacity() * size_of::<f32>() + self.scores.numbers.capacity()
     }
+}
+
+/// Quantiles between what somebody said and what was learned of it. Usage is never negative, and the levels are sorted, so they
+/// cannot cross.
+pub(crate) fn calibrated(said: &Points, learned: &Points, share: f64) -> [f64; LEVELS] {
+    let mut band = *said;
+    for (value, learned) in band.iter_mut().zip(learned) {
+        *value = ((1.0 - share) * *value + share * learned).max(0.0);
+    }
+    sort(&mut band);
+    band
 }
 
 /// Where the levels lie on a normal distribution.
@@ -282,24 +269,17 @@ fn at_deviation(points: &Points, deviation: f64) -> f64 {
     }
 }
 
-/// How fast a tracker learns and forgets.
+/// How a [`Conformal`] learns.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rates {
-    pub(crate) loss_memory: f64,
-    pub(crate) coverage_memory: f64,
     pub(crate) calibration: f64,
     /// Every how many scores one is kept.
     pub(crate) stride: usize,
 }
 
 impl Rates {
-    pub(crate) fn new(config: &ForecastConfig) -> Self {
-        Self {
-            loss_memory: config.loss_memory_steps,
-            coverage_memory: config.coverage_memory_steps,
-            calibration: config.calibration_rate,
-            stride: (config.horizon_steps / 2).clamp(1, 4),
-        }
+    fn kept(&self) -> usize {
+        WINDOW / self.stride
     }
 }
 
@@ -328,7 +308,7 @@ pub(crate) fn inside(band: &[f64; LEVELS], actual: f64) -> bool {
 }
 
 /// Five values are usually in order already: an insertion pass is cheaper than a sort.
-fn sort(values: &mut [f64; LEVELS]) {
+pub(crate) fn sort(values: &mut [f64; LEVELS]) {
     for end in 1..LEVELS {
         let mut at = end;
         while at > 0 && values[at - 1] > values[at] {
@@ -343,21 +323,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_sorted_scores_are_those_of_the_ring() {
-        let rates = Rates::new(&ForecastConfig::default());
-        let mut scores = Scores::new(&rates);
-        let window = WINDOW / rates.stride;
-        let mut random = crate::random::Random::new(1);
-        for step in 0..1000 {
-            // Coarse values, so that equal scores meet.
-            scores.add((random.signed() * 20.0).round(), window);
-            let mut expected = scores.ring.clone();
-            expected.sort_by(f32::total_cmp);
-            let zero_is_zero = |values: &[f32]| values.iter().map(|v| v + 0.0).collect::<Vec<_>>();
-            assert_eq!(zero_is_zero(&scores.sorted), zero_is_zero(&expected), "step {step}");
-            assert!(scores.is_sound());
+    fn the_scores_are_the_last_ones_sorted() {
+        for kept in [WINDOW / 4, WINDOW] {
+            let (mut scores, mut came) = (Scores::new(kept), Vec::new());
+            let mut random = crate::random::Random::new(1);
+            for step in 0..1000 {
+                // Coarse values, so that equal scores meet.
+                let score = (random.signed() * 20.0).round() + 0.0;
+                came.push(score);
+                scores.add(score, kept);
+                let mut expected = came[came.len().saturating_sub(kept)..].to_vec();
+                expected.sort_by(f32::total_cmp);
+                assert_eq!(scores.sorted, expected, "step {step}");
+                assert!(scores.is_sound());
+            }
+            assert!(scores.at(1.2) > scores.at(1.0) && scores.at(-0.2) < scores.at(0.0));
         }
-        assert_eq!(scores.ring.len(), window);
-        assert!(scores.at(1.2) > scores.at(1.0) && scores.at(-0.2) < scores.at(0.0));
     }
 }

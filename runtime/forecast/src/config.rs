@@ -17,8 +17,6 @@ pub struct ForecastConfig {
     pub loss_memory_steps: f64,
     /// Steps over which coverage is averaged.
     pub coverage_memory_steps: f64,
-    /// Step of the adaptive conformal levels: larger follows drift faster and wobbles more.
-    pub calibration_rate: f64,
     /// Forecasts of a candidate that must have been compared with what came before it may serve.
     pub evidence_min: u32,
     /// A challenger replaces the champion when its loss is below this share of the champion's.
@@ -37,7 +35,6 @@ impl Default for ForecastConfig {
             floor: PerResource { cpu: 0.05, memory: 0.05, network: 0.005, disk: 0.005 },
             loss_memory_steps: 300.0,
             coverage_memory_steps: 300.0,
-            calibration_rate: 0.003,
             evidence_min: 30,
             challenger_ratio: 0.98,
             confidence_tolerance: 0.2,
@@ -60,7 +57,6 @@ impl ForecastConfig {
         self.confidence_floor = self.confidence_floor.map(|_, floor| or(*floor, 0.0, 1e9));
         self.loss_memory_steps = or(self.loss_memory_steps, 2.0, 1e6);
         self.coverage_memory_steps = or(self.coverage_memory_steps, 2.0, 1e6);
-        self.calibration_rate = or(self.calibration_rate, 1e-4, 1.0);
         self.challenger_ratio = or(self.challenger_ratio, 0.0, 1.0);
         self.confidence_tolerance = or(self.confidence_tolerance, 1e-3, 10.0);
         self

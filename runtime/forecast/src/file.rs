@@ -1,7 +1,7 @@
-//! The saved form of a forecaster, and of an outlook.
+//! The saved form of a forecaster, of an outlook, and of the base that outlooks begin with.
 //!
 //! ```text
-//! 0   magic "WSWPFCST" or "WSWPOUTL"  8 bytes
+//! 0   magic "WSWPFCST", "WSWPOUTL" or "WSWPBASE"  8 bytes
 //! 8   version, u32 little endian      4
 //! 12  length of the body, u64 LE      8
 //! 20  body, postcard
@@ -21,7 +21,8 @@ use crate::profile::Profile;
 
 const FORECASTER: &str = "WSWPFCST";
 pub(crate) const OUTLOOK: &str = "WSWPOUTL";
-const VERSION: u32 = 2;
+pub(crate) const BASE: &str = "WSWPBASE";
+const VERSION: u32 = 3;
 const HEADER: usize = 20;
 const DIGEST: usize = 32;
 /// Larger than any image that is written: 100,000 profiles are below it.

@@ -9,6 +9,9 @@ use crate::profile::{CANDIDATES, LSTM, Profile};
 use crate::report::{CandidateReport, ForecastReport, LstmState, ResourceReport, TrainedReport};
 use crate::{ForecastConfig, ImportError, file};
 
+/// Profiles of one step of the network: more rows make it no faster, and what they hold would not stay in the cache.
+const PART: usize = 32;
+
 /// Forecasts the demand of many services over one horizon. Time and windows come in as arguments; nothing else is
 /// read, so a recording replays to the same forecasts.
 #[derive(Debug, Clone)]
@@ -20,6 +23,8 @@ pub struct Forecaster {
     batch: Batch,
     /// Profiles of this tick, kept between ticks for its memory.
     active: Vec<usize>,
+    /// Who stood where in the last tick, because it is nearly always the same.
+    order: Vec<(ServiceName, usize)>,
 }
 
 impl Forecaster {
@@ -32,6 +37,7 @@ impl Forecaster {
             model: None,
             batch: Batch::default(),
             active: Vec::new(),
+            order: Vec::new(),
         }
     }
 
@@ -44,17 +50,23 @@ impl Forecaster {
     /// ones. A service is named at most once per tick; a second window counts as a duplicate. Allocates nothing unless
     /// a service is new.
     pub fn observe(&mut self, tick_unix_ms: u64, windows: &[(ServiceName, &FeatureWindow)]) {
+        // In parts, so that what a profile holds is still near when its network has made its step.
+        for (part, windows) in windows.chunks(PART).enumerate() {
+            self.observe_part(tick_unix_ms, part * PART, windows);
+        }
+    }
+
+    fn observe_part(&mut self, tick_unix_ms: u64, first: usize, windows: &[(ServiceName, &FeatureWindow)]) {
         self.active.clear();
-        for (service, window) in windows {
-            let slot = match self.slots.get(service) {
-                Some(slot) => *slot,
-                None => {
-                    let slot = self.profiles.len();
-                    self.profiles.push(Profile::new(&self.config));
-                    self.slots.insert(service.clone(), slot);
-                    slot
-                }
+        for (at, (service, window)) in (first..).zip(windows) {
+            let slot = match self.order.get(at) {
+                Some((name, slot)) if name == service => *slot,
+                _ => self.slot(at, service),
             };
+            if let (Some((_, next)), Some((_, window))) = (self.order.get(at + 1), windows.get(at + 1 - first)) {
+                prefetch(&self.profiles[*next]);
+                prefetch(*window);
+            }
             if self.profiles[slot].begin(tick_unix_ms, window, &self.config) {
                 self.active.push(slot);
             }
@@ -71,11 +83,25 @@ impl Forecaster {
             let profile = &mut self.profiles[*slot];
             if self.model.is_some() {
                 self.batch.state_into(row, &mut profile.hidden, &mut profile.cell);
-                profile.finish(Some(self.batch.raw(row)), &self.config);
+                profile.finish(Some(self.batch.raw(row)), *slot, &self.config);
             } else {
-                profile.finish(None, &self.config);
+                profile.finish(None, *slot, &self.config);
             }
         }
+    }
+
+    /// The slot of a service, a new one when it has none.
+    fn slot(&mut self, at: usize, service: &ServiceName) -> usize {
+        let next = self.profiles.len();
+        let slot = *self.slots.entry(service.clone()).or_insert(next);
+        if slot == next {
+            self.profiles.push(Profile::new(&self.config));
+        }
+        self.order.truncate(at);
+        if self.order.len() == at {
+            self.order.push((service.clone(), slot));
+        }
+        slot
     }
 
     /// What the service is expected to need over the horizon that began with its newest window. `None` for a service
@@ -83,14 +109,26 @@ impl Forecaster {
     #[must_use]
     pub fn demand(&self, service: &ServiceName) -> Option<DemandVector> {
         let profile = &self.profiles[*self.slots.get(service)?];
-        let issued = profile.latest()?;
+        let served = profile.served()?;
         let at = |resource: Resource| resource as usize;
         Some(DemandVector {
             horizon_s: self.config.horizon_steps as f64 * self.config.step_ms as f64 / 1e3,
-            quantiles: PerResource::from_fn(|r| issued.given[at(r)].served()),
-            champion: PerResource::from_fn(|r| CANDIDATES[issued.given[at(r)].champion]),
+            quantiles: PerResource::from_fn(|r| served[at(r)].quantiles()),
+            champion: PerResource::from_fn(|r| CANDIDATES[served[at(r)].champion]),
             coverage90: PerResource::from_fn(|r| profile.coverage(at(r))),
             confidence: profile.confidence(),
+        })
+    }
+
+    /// The LSTM's own bands, calibrated, whether it serves or not. `None` for a resource of which it says nothing.
+    #[must_use]
+    pub fn lstm(&self, service: &ServiceName) -> PerResource<Option<Quantiles>> {
+        let Some(slot) = self.slots.get(service) else { return PerResource::default() };
+        let profile = &self.profiles[*slot];
+        PerResource::from_fn(|resource| {
+            let at = resource as usize;
+            let said = profile.say(at, profile.lstm_form(at), &self.config)?;
+            Some(Quantiles::from_levels(said.band))
         })
     }
 
@@ -98,42 +136,33 @@ impl Forecaster {
     #[must_use]
     pub fn explain(&self, service: &ServiceName) -> Option<ForecastReport> {
         let profile = &self.profiles[*self.slots.get(service)?];
-        let issued = profile.latest()?;
+        let served = profile.served()?;
         let resources = PerResource::from_fn(|resource| {
             let at = resource as usize;
-            let given = &issued.given[at];
+            let own = &served[at];
             let candidates = CANDIDATES
                 .iter()
                 .enumerate()
-                .filter(|(who, champion)| {
-                    // The LSTM is shown once, as the one of its two forms that has the lower loss or serves.
-                    let loss = |who: usize| profile.tracker(at, who).loss().unwrap_or(f64::MAX);
-                    let better = if CANDIDATES[given.champion] == Champion::Lstm {
-                        given.champion
-                    } else if loss(LSTM + 1) < loss(LSTM) {
-                        LSTM + 1
-                    } else {
-                        LSTM
-                    };
-                    **champion != Champion::Lstm || *who == better
-                })
+                // The LSTM is shown once.
+                .filter(|(who, champion)| **champion != Champion::Lstm || *who == profile.lstm_form(at))
                 .map(|(who, champion)| {
                     let tracker = profile.tracker(at, who);
+                    let band = profile.say(at, who, &self.config).map(|said| Quantiles::from_levels(said.band));
                     CandidateReport {
                         candidate: *champion,
-                        band: given.gave(who).then(|| Quantiles::from_levels(given.bands[who])),
+                        band,
                         loss: tracker.loss(),
                         coverage90: tracker.coverage(),
                         scored: tracker.scored,
-                        may_serve: given.gave(who) && (who == 0 || tracker.scored >= self.config.evidence_min),
+                        may_serve: band.is_some() && (who == 0 || tracker.scored >= self.config.evidence_min),
                     }
                 })
                 .collect();
             ResourceReport::new(
                 resource,
                 profile.last_value(at),
-                given.served(),
-                CANDIDATES[given.champion],
+                own.quantiles(),
+                CANDIDATES[own.champion],
                 candidates,
                 profile.coverage(at),
             )
@@ -194,6 +223,7 @@ impl Forecaster {
     /// Stops following a service.
     pub fn forget(&mut self, service: &ServiceName) {
         let Some(slot) = self.slots.remove(service) else { return };
+        self.order.clear();
         self.profiles.swap_remove(slot);
         let moved = self.profiles.len();
         for at in self.slots.values_mut() {
@@ -234,6 +264,19 @@ impl Forecaster {
         self.slots = content.services.iter().enumerate().map(|(slot, (name, _))| (name.clone(), slot)).collect();
         self.profiles = content.services.into_iter().map(|(_, profile)| profile).collect();
         self.model = model;
+        self.order.clear();
         Ok(())
     }
+}
+
+/// Has the processor fetch what will be needed next: between two ticks other work has taken its place in the caches.
+fn prefetch<T>(next: &T) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: the address lies within `next`; a prefetch reads nothing that the program sees.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(next).cast::<i8>().add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = next;
 }

@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use warmswap_model::{Champion, FeatureWindow, Quantiles, Resource};
 
 use crate::ForecastConfig;
-use crate::calibrate::{COVERAGE_MIN, LEVELS, Mean, Points, Rates, Tracker, around, inside};
-use crate::lstm::{HIDDEN, INPUTS, TARGETS, quantiles};
+use crate::calibrate::{COVERAGE_MIN, LEVELS, Mean, Points, around, inside};
+use crate::lstm::{HIDDEN, INPUTS, OUTPUTS, TARGETS, quantiles};
 use crate::series::{SERIES_INPUTS, Series, View, squash};
+use crate::tracker::{Said, Tracker};
 
 /// The candidates and whom they stand for. The LSTM stands twice: with a band as wide as its recent errors, and with
 /// the widths it gives itself. The second is better where it knows when it does not know, the first where spikes
@@ -40,6 +41,9 @@ const CONFIDENCE_MEMORY: f64 = 120.0;
 const CONFIDENCE_PRIOR: f64 = 3.0;
 /// What is left of the weight of what the linear models learned, after a step: half of it is younger than about 350 steps.
 const LINEAR_KEEP: f32 = 0.998;
+/// Until a candidate has so many scores, every forecast is compared with what came. Later forecasts whose steps overlap say
+/// nearly the same: one in a horizon is compared, and stands for all of it.
+const EAGER_UNTIL: u32 = 64;
 
 const RESOURCES: usize = Resource::ALL.len();
 
@@ -50,30 +54,50 @@ pub(crate) struct Sample {
     pub(crate) targets: Option<[f32; TARGETS]>,
 }
 
-/// One resource's forecast as it was given.
+/// One resource's forecast as it was given, to be compared with what comes.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Given {
-    view: View,
-    pub(crate) bands: [[f64; LEVELS]; CANDIDATES.len()],
-    /// What the candidates said before calibration.
-    points: [Points; CANDIDATES.len()],
-    floor: f64,
-    /// Candidates that gave a band at all.
-    gave: [bool; CANDIDATES.len()],
-    pub(crate) champion: usize,
+struct Given {
+    /// `None`: the candidate gave nothing.
+    said: [Option<Said>; CANDIDATES.len()],
+    champion: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Issued {
-    pub(crate) serial: u64,
-    pub(crate) given: [Given; RESOURCES],
+struct Issued {
+    due_age: u64,
+    /// Steps that it stands for when it is compared.
+    steps: usize,
+    given: [Given; RESOURCES],
 }
 
-/// What came of a forecast, for training.
+/// Where a forecast started from.
 #[derive(Debug, Clone, Copy)]
-struct Due {
+struct Start {
+    due_age: u64,
     serial: u64,
-    targets: [f32; RESOURCES],
+    views: [View; RESOURCES],
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Copy)]
+struct Came {
+    serial: u64,
+    actual: [f64; RESOURCES],
+    /// The same as the network is trained to say it.
+    targets: [f32; TARGETS],
+}
+
+/// Who serves a resource, and with which band.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Served {
+    pub(crate) champion: usize,
+    band: [f64; LEVELS],
+}
+
+impl Served {
+    pub(crate) fn quantiles(&self) -> Quantiles {
+        Quantiles::from_levels(self.band)
+    }
 }
 
 /// Counts of what was not an ordinary step.
@@ -99,15 +123,27 @@ pub(crate) struct Profile {
     trackers: [[Tracker; CANDIDATES.len()]; RESOURCES],
     champions: [usize; RESOURCES],
     served_covered: [Mean; RESOURCES],
-    served: u32,
+    served_scored: u32,
     /// Medians within the tolerance.
     right: [Mean; RESOURCES],
+    /// Steps since the recent values began; 0: there are none.
     #[serde(skip)]
-    pending: VecDeque<Option<Issued>>,
+    age: u64,
+    /// Where forecasts started from whose horizon has not passed.
     #[serde(skip)]
-    due: Option<Due>,
+    starts: VecDeque<Start>,
+    #[serde(skip)]
+    came: Option<Came>,
+    /// Forecasts that are to be compared, in the order in which they are due.
+    #[serde(skip)]
+    open: Vec<Issued>,
+    #[serde(skip)]
+    served: Option<[Served; RESOURCES]>,
     #[serde(skip)]
     views: [View; RESOURCES],
+    /// What the network gave at the last step.
+    #[serde(skip)]
+    raw: Option<[f32; OUTPUTS]>,
     #[serde(skip)]
     pub(crate) inputs: [f32; INPUTS],
     #[serde(skip)]
@@ -123,21 +159,24 @@ pub(crate) struct Profile {
 
 impl Profile {
     pub(crate) fn new(config: &ForecastConfig) -> Self {
-        let rates = Rates::new(config);
         Self {
             last_ms: None,
             samples: 0,
             irregular: Irregular::default(),
             series: std::array::from_fn(|_| Series::new()),
             probe_levels: [0.0; PROBES],
-            trackers: std::array::from_fn(|at| std::array::from_fn(|who| Tracker::new(&rates, at + who))),
+            trackers: std::array::from_fn(|_| std::array::from_fn(|_| Tracker::new())),
             champions: [LAST_VALUE; RESOURCES],
             served_covered: Default::default(),
-            served: 0,
+            served_scored: 0,
             right: Default::default(),
-            pending: VecDeque::with_capacity(config.horizon_steps + 1),
-            due: None,
+            age: 0,
+            starts: VecDeque::with_capacity(config.horizon_steps + 1),
+            came: None,
+            open: Vec::new(),
+            served: None,
             views: Default::default(),
+            raw: None,
             inputs: [0.0; INPUTS],
             hidden: [0.0; HIDDEN],
             cell: [0.0; HIDDEN],
@@ -160,27 +199,30 @@ impl Profile {
             return false;
         }
         // After an import there is a last time but nothing recent.
-        let begins = self.last_ms.is_none() || self.pending.is_empty();
+        let begins = self.age == 0;
         self.last_ms = Some(unix_ms);
         let values = self.values(window);
         if begins || !(1..=1 + BRIDGE_MAX).contains(&steps) {
             self.restart(&values, begins || !(0..=FORGET_AFTER).contains(&steps));
         } else {
             for _ in 1..steps {
-                self.bridge(config.horizon_steps);
+                self.irregular.bridged += 1;
+                self.push(&std::array::from_fn(|at| self.series[at].value(0)));
             }
         }
-        for (series, value) in self.series.iter_mut().zip(values) {
-            series.push(value);
-        }
+        self.push(&values);
         self.samples = self.samples.saturating_add(1);
-        if self.pending.len() >= config.horizon_steps
-            && let Some(Some(issued)) = self.pending.pop_front()
-        {
-            self.score(&issued, config);
-        }
+        self.learn(config);
+        self.compare(config);
         self.prepare(window, config);
         true
+    }
+
+    fn push(&mut self, values: &[f64; RESOURCES]) {
+        for (series, value) in self.series.iter_mut().zip(values) {
+            series.push(*value);
+        }
+        self.age += 1;
     }
 
     /// Usable values; a bad one is replaced by the one before.
@@ -201,7 +243,9 @@ impl Profile {
         for (series, value) in self.series.iter_mut().zip(values) {
             series.restart(*value);
         }
-        self.pending.clear();
+        self.age = 0;
+        self.starts.clear();
+        self.open.clear();
         self.replay.clear();
         self.replay_head = 0;
         if forget_state {
@@ -209,37 +253,47 @@ impl Profile {
         }
     }
 
-    fn bridge(&mut self, horizon: usize) {
-        self.irregular.bridged += 1;
-        for series in &mut self.series {
-            series.push(series.value(0));
+    /// The linear models learn from each step.
+    fn learn(&mut self, config: &ForecastConfig) {
+        self.came = None;
+        // What came due at a bridged step is compared with nothing.
+        while let Some(start) = self.starts.pop_front_if(|start| start.due_age <= self.age) {
+            if start.due_age < self.age {
+                continue;
+            }
+            let actual = std::array::from_fn(|at| self.series[at].outcome(Resource::ALL[at], config.horizon_steps));
+            let mut targets = [0f32; TARGETS];
+            for (at, view) in start.views.iter().enumerate() {
+                targets[at] = ((actual[at] - view.linear) / view.scale) as f32;
+                let change = ((actual[at] - view.last) / view.scale) as f32;
+                self.series[at].linear.learn(&view.linear_inputs, change, LINEAR_KEEP);
+            }
+            self.came = Some(Came { serial: start.serial, actual, targets });
         }
-        if self.pending.len() >= horizon {
-            self.pending.pop_front();
-        }
-        self.pending.push_back(None);
     }
 
-    fn score(&mut self, issued: &Issued, config: &ForecastConfig) {
-        let rates = Rates::new(config);
-        let mut targets = [0f32; RESOURCES];
-        self.served = self.served.saturating_add(1);
-        for (at, given) in issued.given.iter().enumerate() {
-            let actual = self.series[at].outcome(Resource::ALL[at], config.horizon_steps);
-            let view = &given.view;
-            targets[at] = ((actual - view.linear) / view.scale) as f32;
-            for (who, tracker) in self.trackers[at].iter_mut().enumerate() {
-                if given.gave[who] {
-                    tracker.score(&given.points[who], &given.bands[who], given.floor, actual, &rates);
+    /// Compares the forecast that is due, if it is one of those that are compared.
+    fn compare(&mut self, config: &ForecastConfig) {
+        let past = self.open.iter().take_while(|issued| issued.due_age < self.age).count();
+        self.open.drain(..past);
+        let Some((issued, came)) = self.open.first().filter(|issued| issued.due_age == self.age).zip(self.came) else {
+            return;
+        };
+        let steps = issued.steps as f64;
+        self.served_scored = self.served_scored.saturating_add(1);
+        for (at, (given, actual)) in issued.given.iter().zip(came.actual).enumerate() {
+            for (tracker, said) in self.trackers[at].iter_mut().zip(&given.said) {
+                if let Some(said) = said {
+                    tracker.score(said, actual, steps, config);
                 }
             }
-            self.series[at].linear.learn(&view.linear_inputs, ((actual - view.last) / view.scale) as f32, LINEAR_KEEP);
-            let band = &given.bands[given.champion];
-            self.served_covered[at].add(f64::from(u8::from(inside(band, actual))), config.coverage_memory_steps);
+            let Some(Said { band, .. }) = &given.said[given.champion] else { continue };
+            let yes = |is: bool| f64::from(u8::from(is));
+            self.served_covered[at].add(yes(inside(band, actual)), steps, config.coverage_memory_steps);
             let allowed = (config.confidence_tolerance * actual).max(config.confidence_floor[Resource::ALL[at]]);
-            self.right[at].add(f64::from(u8::from((actual - band[1]).abs() <= allowed)), CONFIDENCE_MEMORY);
+            self.right[at].add(yes((actual - band[1]).abs() <= allowed), steps, CONFIDENCE_MEMORY);
         }
-        self.due = Some(Due { serial: issued.serial, targets });
+        self.open.drain(..1);
     }
 
     fn prepare(&mut self, window: &FeatureWindow, config: &ForecastConfig) {
@@ -264,43 +318,64 @@ impl Profile {
         }
     }
 
-    /// Makes the forecasts of this tick. `raw` are the network's outputs, when there is one.
-    pub(crate) fn finish(&mut self, raw: Option<&[f32]>, config: &ForecastConfig) {
-        let mut issued = Issued { serial: self.samples, ..Issued::default() };
-        for (at, given) in issued.given.iter_mut().enumerate() {
-            let view = self.views[at];
-            let floor = self.series[at].floor(config.floor[Resource::ALL[at]]);
-            given.view = view;
-            given.floor = floor;
-            let trackers = &self.trackers[at];
-            let mut give = |who: usize, points: Points| {
-                given.bands[who] = trackers[who].band(&points, floor);
-                given.points[who] = points;
-                given.gave[who] = true;
-            };
-            let flat = FLAT_WIDTH * config.floor[Resource::ALL[at]];
-            give(LAST_VALUE, around(view.last, flat));
-            if self.series[at].linear.is_ready() {
-                give(LINEAR, around(view.linear, flat));
+    /// Makes the forecasts of this tick. `raw` are the network's outputs, when there is one; `turn` says which steps are this
+    /// profile's, where others have others, so that every tick has as much to do.
+    pub(crate) fn finish(&mut self, raw: Option<&[f32]>, turn: usize, config: &ForecastConfig) {
+        self.raw = raw.and_then(|raw| raw.try_into().ok());
+        let horizon = config.horizon_steps as u64;
+        let due_age = self.age + horizon;
+        self.starts.push_back(Start { due_age, serial: self.samples, views: self.views });
+        let eager = self.trackers[0][LAST_VALUE].scored < EAGER_UNTIL
+            || (self.raw.is_some() && self.trackers[0][LSTM].scored < EAGER_UNTIL);
+        if eager || is_turn(self.age + turn as u64, horizon) {
+            let mut issued =
+                Issued { due_age, steps: if eager { 1 } else { config.horizon_steps }, ..Issued::default() };
+            let mut served = [Served::default(); RESOURCES];
+            for (at, (given, served)) in issued.given.iter_mut().zip(&mut served).enumerate() {
+                given.said = std::array::from_fn(|who| self.say(at, who, config));
+                given.champion = self.choose(at, &given.said, config);
+                let band = given.said[given.champion].map_or([0.0; LEVELS], |said| said.band);
+                *served = Served { champion: given.champion, band };
+                self.champions[at] = given.champion;
             }
-            if let Some(raw) = raw {
-                let points = quantiles(raw, at).map(|q| view.linear + view.scale * f64::from(q));
-                if points.iter().all(|point| point.is_finite()) {
-                    give(LSTM, around(points[1], flat));
-                    give(LSTM_OWN_WIDTH, points);
-                }
-            }
-            given.champion = self.choose(at, &given.gave, config);
-            self.champions[at] = given.champion;
+            self.open.push(issued);
+            self.served = Some(served);
+        } else {
+            self.served = Some(std::array::from_fn(|at| self.serve(at, config)));
         }
-        self.pending.push_back(Some(issued));
+    }
+
+    /// The champion's band; the last value's where the champion has nothing to say.
+    fn serve(&self, at: usize, config: &ForecastConfig) -> Served {
+        let said = |who| self.say(at, who, config).map(|said| Served { champion: who, band: said.band });
+        said(self.champions[at]).or_else(|| said(LAST_VALUE)).unwrap_or_default()
+    }
+
+    /// What a candidate says of the horizon that began with the newest window.
+    pub(crate) fn say(&self, at: usize, who: usize, config: &ForecastConfig) -> Option<Said> {
+        let view = &self.views[at];
+        let flat = |centre: f64| around(centre, FLAT_WIDTH * config.floor[Resource::ALL[at]]);
+        let points: Points = match who {
+            LAST_VALUE => flat(view.last),
+            LINEAR if !self.series[at].linear.is_ready() => return None,
+            LINEAR => flat(view.linear),
+            _ => {
+                let points = quantiles(self.raw.as_ref()?, at).map(|q| view.linear + view.scale * f64::from(q));
+                if !points.iter().all(|point| point.is_finite()) {
+                    return None;
+                }
+                if who == LSTM_OWN_WIDTH { points } else { flat(points[1]) }
+            }
+        };
+        let floor = self.series[at].floor(config.floor[Resource::ALL[at]]);
+        Some(self.trackers[at][who].say(&points, floor))
     }
 
     /// The candidate with the lowest recent loss among those with evidence; the champion stays unless clearly beaten.
-    fn choose(&self, at: usize, gave: &[bool; CANDIDATES.len()], config: &ForecastConfig) -> usize {
+    fn choose(&self, at: usize, said: &[Option<Said>; CANDIDATES.len()], config: &ForecastConfig) -> usize {
         let loss = |who: usize| {
             let tracker = &self.trackers[at][who];
-            let serves = gave[who] && (who == LAST_VALUE || tracker.scored >= config.evidence_min);
+            let serves = said[who].is_some() && (who == LAST_VALUE || tracker.scored >= config.evidence_min);
             if serves { tracker.loss() } else { None }
         };
         let mut champion = self.champions[at];
@@ -329,26 +404,25 @@ impl Profile {
             return;
         }
         samples.push(Sample { inputs: self.inputs, targets: None });
-        if let Some(due) = self.due.take()
-            && due.serial > SETTLE
-            && let Some(sample) = samples.get_mut(due.serial as usize - 1)
+        if let Some(came) = self.came
+            && came.serial > SETTLE
+            && let Some(sample) = samples.get_mut(came.serial as usize - 1)
         {
-            sample.targets = Some(due.targets);
+            sample.targets = Some(came.targets);
         }
-        self.finish(None, config);
+        self.finish(None, 0, config);
     }
 
     /// New weights have shown nothing yet: their record begins again, and open forecasts of the old ones are dropped.
     pub(crate) fn forget_network(&mut self) {
+        self.raw = None;
         for trackers in &mut self.trackers {
-            trackers[LSTM].reset();
-            trackers[LSTM_OWN_WIDTH].reset();
+            trackers[LSTM] = Tracker::new();
+            trackers[LSTM_OWN_WIDTH] = Tracker::new();
         }
-        for issued in self.pending.iter_mut().flatten() {
-            for given in &mut issued.given {
-                given.gave[LSTM] = false;
-                given.gave[LSTM_OWN_WIDTH] = false;
-            }
+        for given in self.open.iter_mut().flat_map(|issued| &mut issued.given) {
+            given.said[LSTM] = None;
+            given.said[LSTM_OWN_WIDTH] = None;
         }
     }
 
@@ -366,9 +440,19 @@ impl Profile {
         &self.replay[(self.replay_head + at) % self.replay.len()]
     }
 
+    /// Which form of the LSTM stands for it: the one that serves, or else that with the lower loss.
+    pub(crate) fn lstm_form(&self, at: usize) -> usize {
+        let loss = |who: usize| self.trackers[at][who].loss().unwrap_or(f64::MAX);
+        match self.champions[at] {
+            serves @ (LSTM | LSTM_OWN_WIDTH) => serves,
+            _ if loss(LSTM_OWN_WIDTH) < loss(LSTM) => LSTM_OWN_WIDTH,
+            _ => LSTM,
+        }
+    }
+
     /// The newest forecast; `None` before the first and right after an import.
-    pub(crate) fn latest(&self) -> Option<&Issued> {
-        self.pending.back()?.as_ref()
+    pub(crate) fn served(&self) -> Option<&[Served; RESOURCES]> {
+        self.served.as_ref()
     }
 
     pub(crate) fn last_value(&self, at: usize) -> f64 {
@@ -380,7 +464,7 @@ impl Profile {
     }
 
     pub(crate) fn coverage(&self, at: usize) -> Option<f64> {
-        if self.served >= COVERAGE_MIN { self.served_covered[at].get() } else { None }
+        if self.served_scored >= COVERAGE_MIN { self.served_covered[at].get() } else { None }
     }
 
     pub(crate) fn confidence(&self) -> f64 {
@@ -396,20 +480,18 @@ impl Profile {
 
     pub(crate) fn bytes(&self) -> usize {
         size_of::<Self>()
-            + self.pending.capacity() * size_of::<Option<Issued>>()
+            + self.open.capacity() * size_of::<Issued>()
+            + self.starts.capacity() * size_of::<Start>()
             + self.replay.capacity() * size_of::<[f32; INPUTS]>()
-            + self.trackers.iter().flatten().map(Tracker::heap_bytes).sum::<usize>()
     }
 }
 
-impl Given {
-    pub(crate) fn served(&self) -> Quantiles {
-        Quantiles::from_levels(self.bands[self.champion])
-    }
-
-    pub(crate) fn gave(&self, who: usize) -> bool {
-        self.gave[who]
-    }
+/// Whether this step is the one of its horizon whose forecast is compared. Always another one (multiples of the golden ratio are
+/// spread evenly over every remainder), or a load whose period is a multiple of the horizon would be seen at few of its phases.
+fn is_turn(step: u64, horizon: u64) -> bool {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let share = (step / horizon).wrapping_mul(GOLDEN) >> 32;
+    step % horizon == share * horizon >> 32
 }
 
 /// Rates per second that foretell usage, as logarithms: they span orders of magnitude.

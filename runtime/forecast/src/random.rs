@@ -20,6 +20,20 @@ impl Random {
         (self.next() >> 40) as f32 / 8_388_608.0 - 1.0
     }
 
+    /// Uniform.
+    pub(crate) fn between(&mut self, low: f64, high: f64) -> f64 {
+        low + (high - low) * f64::midpoint(1.0, f64::from(self.signed()))
+    }
+
+    pub(crate) fn chance(&mut self, probability: f64) -> bool {
+        self.between(0.0, 1.0) < probability
+    }
+
+    /// Close enough to a normal distribution of deviation 1.
+    pub(crate) fn normal(&mut self) -> f64 {
+        (0..12).map(|_| f64::from(self.signed())).sum::<f64>() / 2.0
+    }
+
     /// Uniform in 0 to `end` (exclusive); `end` is not 0.
     pub(crate) fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize

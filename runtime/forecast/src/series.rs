@@ -7,6 +7,8 @@ use crate::linear::{INPUTS, Linear};
 
 /// Recent values kept, a power of two and above [`crate::ForecastConfig::HORIZON_STEPS_MAX`].
 const RING: usize = 32;
+/// Values of the short means, fewer than the ring holds.
+const MEANS: [usize; 3] = [5, 10, 30];
 /// Steps over which the slow level and its deviation are averaged.
 const LEVEL_MEMORY: f64 = 300.0;
 /// Largest usage that is believed, in any unit.
@@ -26,6 +28,8 @@ pub(crate) struct Series {
     /// Where the next value goes; the one before is the newest.
     head: usize,
     seen: u64,
+    /// Of the newest [`MEANS`] values.
+    sums: [f64; MEANS.len()],
     level: f64,
     deviation: f64,
     pub(crate) linear: Linear,
@@ -44,7 +48,15 @@ pub(crate) struct View {
 
 impl Series {
     pub(crate) fn new() -> Self {
-        Self { ring: [0.0; RING], head: 0, seen: 0, level: 0.0, deviation: 0.0, linear: Linear::new() }
+        Self {
+            ring: [0.0; RING],
+            head: 0,
+            seen: 0,
+            sums: [0.0; MEANS.len()],
+            level: 0.0,
+            deviation: 0.0,
+            linear: Linear::new(),
+        }
     }
 
     /// A value that can be used: finite, not negative, not absurd.
@@ -60,6 +72,7 @@ impl Series {
     /// Forgets the recent values, which a gap made meaningless, and starts again from `value`.
     pub(crate) fn restart(&mut self, value: f64) {
         self.ring = [value; RING];
+        self.sums = MEANS.map(|steps| value * steps as f64);
         if self.seen == 0 {
             self.level = value;
         }
@@ -69,8 +82,15 @@ impl Series {
         if self.seen == 0 {
             self.restart(value);
         }
+        for (sum, steps) in self.sums.iter_mut().zip(MEANS) {
+            *sum += value - self.ring[(self.head + RING - steps) % RING];
+        }
         self.ring[self.head] = value;
         self.head = (self.head + 1) % RING;
+        if self.head == 0 {
+            // Sums that only ever add and subtract would keep the rounding of the largest value they ever held.
+            self.sums = MEANS.map(|steps| self.ring[RING - steps..].iter().sum());
+        }
         self.seen = self.seen.saturating_add(1);
         let rate = (1.0 / LEVEL_MEMORY).max(1.0 / self.seen.min(1 << 30) as f64);
         self.level += rate * (value - self.level);
@@ -86,13 +106,10 @@ impl Series {
         }
     }
 
-    fn mean(&self, steps: usize) -> f64 {
-        (0..steps).map(|back| self.value(back)).sum::<f64>() / steps as f64
-    }
-
     /// Whether an import brought something that this code could have made.
     pub(crate) fn is_sound(&self) -> bool {
-        self.head < RING && self.ring.iter().chain([&self.level, &self.deviation]).all(|v| v.is_finite())
+        let mut numbers = self.ring.iter().chain(&self.sums).chain([&self.level, &self.deviation]);
+        self.head < RING && numbers.all(|v| v.is_finite())
     }
 
     /// Scale below which changes do not count.
@@ -104,14 +121,14 @@ impl Series {
     pub(crate) fn view(&self, scale: f64, floor: f64, inputs: &mut [f32]) -> View {
         let last = self.value(0);
         let per_scale = |value: f64| (((value - last) / scale) as f32).clamp(-CHANGE_MAX, CHANGE_MAX);
-        let (mean5, mean10, mean30) = (self.mean(5), self.mean(10), self.mean(30));
+        let means: [f64; MEANS.len()] = std::array::from_fn(|at| self.sums[at] / MEANS[at] as f64);
         let linear_inputs = [
             per_scale(self.value(1)),
             per_scale(self.value(2)),
             per_scale(self.value(3)),
-            per_scale(mean5),
-            per_scale(mean10),
-            per_scale(mean30),
+            per_scale(means[0]),
+            per_scale(means[1]),
+            per_scale(means[2]),
             per_scale(self.level),
             0.25,
         ];

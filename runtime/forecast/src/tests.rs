@@ -32,21 +32,16 @@ fn service(n: usize) -> ServiceName {
     ServiceName::new(format!("s{n}")).unwrap()
 }
 
-/// Close enough to a normal distribution of deviation 1.
-fn noise(random: &mut Random) -> f64 {
-    (0..12).map(|_| f64::from(random.signed())).sum::<f64>() / 2.0
-}
-
 /// A load that comes in waves with a sharp edge, which the last value is always late for.
 fn periodic(step: u64, random: &mut Random) -> [f64; 4] {
     let phase = (step % 20) as f64 / 20.0;
     let edge = if phase < 0.4 { 1.0 } else { 0.0 };
     let wave = (phase * std::f64::consts::TAU).sin();
     [
-        (30.0 + 40.0 * edge + noise(random)).max(0.0),
-        200.0 + 15.0 * wave + 0.5 * noise(random),
-        (5.0 + 6.0 * edge + 0.2 * noise(random)).max(0.0),
-        (2.0 + 1.5 * wave + 0.1 * noise(random)).max(0.0),
+        (30.0 + 40.0 * edge + random.normal()).max(0.0),
+        200.0 + 15.0 * wave + 0.5 * random.normal(),
+        (5.0 + 6.0 * edge + 0.2 * random.normal()).max(0.0),
+        (2.0 + 1.5 * wave + 0.1 * random.normal()).max(0.0),
     ]
 }
 
@@ -122,10 +117,10 @@ fn ninety_percent_intervals_cover_under_drift() {
             for (at, level) in levels.iter_mut().enumerate() {
                 let regime = (step as usize / 400 + at) % 3;
                 let size = *level * [0.002, 0.01, 0.004][regime];
-                *level = (*level + size * noise(random) + size * 0.1).clamp(1.0, 1e5);
+                *level = (*level + size * random.normal() + size * 0.1).clamp(1.0, 1e5);
             }
             let spread = 1.0 + (step / 700) as f64;
-            levels.map(|level| (level + 0.01 * level * spread * noise(random)).max(0.0))
+            levels.map(|level| (level + 0.01 * level * spread * random.normal()).max(0.0))
         });
         let mut forecaster = Forecaster::new(ForecastConfig::default());
         let name = service(0);

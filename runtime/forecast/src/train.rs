@@ -206,7 +206,7 @@ struct Walk<'a> {
 }
 
 /// Mean pinball loss on the held-out parts, by the step that inference uses.
-fn held_out_loss<'a>(weights: &ModelWeights, slices: &'a [Prepared]) -> f64 {
+pub(crate) fn held_out_loss<'a>(weights: &ModelWeights, slices: &'a [Prepared]) -> f64 {
     let network = Network::new(weights);
     let mut batch = Batch::default();
     let (mut sum, mut count) = (0.0, 0u64);

@@ -2,12 +2,12 @@
 //! there.
 
 use serde::{Deserialize, Serialize};
-use warmswap_model::{DemandVector, PerResource, Reserve, Resource, Resources};
+use warmswap_model::{PerResource, Reserve, Resource, Resources};
 
 /// Limits that no forecast and no tuner can cross.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rails {
-    /// Percent of the demand's q90.
+    /// Percent of what the tuner takes of the forecast.
     pub percent_min: f64,
     pub percent_max: f64,
     /// Largest reservation per resource, in its own unit; `None` when there is no limit.
@@ -37,21 +37,22 @@ impl Rails {
     }
 }
 
-/// q90 of the demand × percentage, per resource, in the resource's unit; never negative, never above the ceiling. A
-/// demand that is no number reserves nothing: the shadow then starts as it would without a forecast.
+/// What the tuner takes of the forecast ([`Tuner::base`](crate::Tuner::base)) × percentage, per resource, in the resource's unit;
+/// never negative, never above the ceiling. A base that is no number reserves nothing: the shadow then starts as it would without
+/// a forecast.
 ///
 /// `memory_mb_now`: what the active holds. Counts when it is more than the forecast says, which may come from a program
 /// that was still starting: memory, unlike the rates, does not go down by itself.
 #[must_use]
 pub fn reservation(
-    demand: &DemandVector,
+    base: &PerResource<f64>,
     memory_mb_now: f64,
     percent: &PerResource<f64>,
     rails: &Rails,
 ) -> PerResource<f64> {
     PerResource::from_fn(|resource| {
-        let q90 = demand.quantiles[resource].q90;
-        let base = if resource == Resource::Memory { q90.max(memory_mb_now) } else { q90 };
+        let base = base[resource];
+        let base = if resource == Resource::Memory { base.max(memory_mb_now) } else { base };
         let wanted = base * rails.clamp_percent(percent[resource]) / 100.0;
         let ceiling = rails.ceiling[resource].unwrap_or(f64::INFINITY).max(0.0);
         if wanted.is_finite() { wanted.max(0.0).min(ceiling) } else { 0.0 }
@@ -117,20 +118,9 @@ pub fn fits(
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use proptest::prelude::*;
-    use warmswap_model::{Champion, Quantiles};
-
-    pub(crate) fn demand(q90: PerResource<f64>) -> DemandVector {
-        DemandVector {
-            horizon_s: 5.0,
-            quantiles: q90.map(|_, q| Quantiles { q05: 0.0, q50: q / 2.0, q90: *q, q95: q * 1.1, q99: q * 1.3 }),
-            champion: PerResource::from_fn(|_| Champion::Lstm),
-            coverage90: PerResource::default(),
-            confidence: 0.9,
-        }
-    }
 
     fn rails() -> Rails {
         Rails::new(&Reserve::default(), &Resources::default())
@@ -153,10 +143,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_reservation_is_q90_times_the_percentage() {
-        let q90 = PerResource { cpu: 50.0, memory: 200.0, network: 8.0, disk: 4.0 };
+    fn a_reservation_is_a_percentage_of_its_base() {
+        let base = PerResource { cpu: 50.0, memory: 200.0, network: 8.0, disk: 4.0 };
         let percent = PerResource { cpu: 110.0, memory: 120.0, network: 100.0, disk: 50.0 };
-        let reserved = reservation(&demand(q90), 150.0, &percent, &rails());
+        let reserved = reservation(&base, 150.0, &percent, &rails());
         assert!((reserved.cpu - 55.0).abs() < 1e-9 && (reserved.memory - 240.0).abs() < 1e-9);
         assert!((reserved.network - 8.0).abs() < 1e-9 && (reserved.disk - 2.0).abs() < 1e-9);
     }
@@ -164,8 +154,8 @@ pub(crate) mod tests {
     #[test]
     fn memory_that_is_held_counts_when_the_forecast_says_less() {
         let percent = PerResource { memory: 120.0, ..PerResource::default() };
-        let q90 = PerResource { memory: 0.1, ..PerResource::default() };
-        let reserved = reservation(&demand(q90), 30.0, &percent, &rails());
+        let base = PerResource { memory: 0.1, ..PerResource::default() };
+        let reserved = reservation(&base, 30.0, &percent, &rails());
         assert!((reserved.memory - 36.0).abs() < 1e-9, "{reserved:?}");
     }
 
@@ -184,14 +174,14 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn no_forecast_and_no_percentage_crosses_the_rails(q90 in any_per_resource(), percent in any_per_resource()) {
-            let reserved = reservation(&demand(q90), 0.0, &percent, &rails());
+        fn no_forecast_and_no_percentage_crosses_the_rails(base in any_per_resource(), percent in any_per_resource()) {
+            let reserved = reservation(&base, 0.0, &percent, &rails());
             for resource in Resource::ALL {
                 let value = reserved[resource];
                 prop_assert!(value.is_finite() && value >= 0.0);
                 prop_assert!(rails().ceiling[resource].is_none_or(|ceiling| value <= ceiling));
-                if q90[resource].is_finite() && q90[resource] > 0.0 {
-                    prop_assert!(value <= q90[resource] * 2.0 * 1.000_001);
+                if base[resource].is_finite() && base[resource] > 0.0 {
+                    prop_assert!(value <= base[resource] * 2.0 * 1.000_001);
                 }
             }
         }

@@ -5,7 +5,7 @@
 //! sampling), so that arms that are little known are tried now and then. What has been learned can be read as a table.
 //!
 //! cost = share of the reservation that was not needed (slack)
-//!      + 0.5 + relative shortfall (at most 1) when it did not cover the demand
+//!      + 0.5 (the price of a shortfall) + relative shortfall (at most 1) when it did not cover the demand
 //!      + a penalty when it hurt: throttled 1, latency dip 1, OOM 4
 //!
 //! An outcome teaches more than the arm that was used, because more reservation never hurts more: the actual demand says
@@ -14,14 +14,16 @@
 //! costs count half. Old outcomes fade, because services change.
 
 use serde::{Deserialize, Serialize};
-use warmswap_model::{PerResource, Reserve, Resource};
+use warmswap_model::{PerResource, Quantiles, Reserve, Resource};
 
 use crate::reservation::Rails;
 
 /// Arms per resource, besides the configured percentage.
-const ARMS: usize = 7;
+const ARMS: usize = 13;
 /// What remains of the weight of earlier outcomes at each new one: half after about 70.
 const FADE: f64 = 0.99;
+/// How fast the typical demand follows.
+const TYPICAL_RATE: f64 = 0.02;
 const INFERRED_WEIGHT: f64 = 0.5;
 /// The configured percentage counts like this many outcomes in its favour.
 const PRIOR_WEIGHT: f64 = 1.0;
@@ -29,7 +31,7 @@ const PRIOR_COST: f64 = 0.3;
 const PRIOR_COST_PER_PERCENT: f64 = 0.004;
 /// Spread of the cost of one outcome that is assumed when sampling; also keeps exploration alive.
 const COST_SPREAD: f64 = 0.25;
-/// Cost of not covering the demand, whether or not anything was seen to suffer.
+/// Cost of not covering the demand, whether or not anything was seen to suffer, unless told otherwise.
 const SHORT: f64 = 0.5;
 const THROTTLED: f64 = 1.0;
 const DIP: f64 = 1.0;
@@ -40,7 +42,7 @@ const OOM: f64 = 4.0;
 pub struct Outcome {
     /// The percentages that were used, as [`Tuner::choose`] gave them.
     pub percent: PerResource<f64>,
-    /// q90 of the forecast: what the percentages were of.
+    /// What the percentages were of, as [`Tuner::base`] gave it.
     pub base: PerResource<f64>,
     /// Highest demand in the horizon after the handover.
     pub actual: PerResource<f64>,
@@ -67,6 +69,9 @@ pub struct Tuner {
     rails: Rails,
     configured: PerResource<f64>,
     tune: bool,
+    short: f64,
+    /// Mean demand of the outcomes, old ones faded; 0: not known.
+    typical: PerResource<f64>,
     arms: PerResource<Vec<Arm>>,
     outcomes: u64,
 }
@@ -98,7 +103,13 @@ impl Tuner {
     pub fn new(reserve: &Reserve, rails: Rails) -> Self {
         let configured = reserve.percent.map(|_, percent| rails.clamp_percent(*percent));
         let arms = configured.map(|_, at| arms_around(*at, &rails));
-        Self { rails, configured, tune: reserve.tune, arms, outcomes: 0 }
+        Self { rails, configured, tune: reserve.tune, short: SHORT, typical: PerResource::default(), arms, outcomes: 0 }
+    }
+
+    /// With another price of a shortfall, in reservations that were not needed at all: the dearer, the fewer.
+    #[must_use]
+    pub fn with_shortfall_price(self, price: f64) -> Self {
+        Self { short: price, ..self }
     }
 
     /// `saved` if it was learned under the same settings and is sound, otherwise a new tuner: a changed service file or
@@ -115,7 +126,7 @@ impl Tuner {
             })
         };
         match saved {
-            Some(saved) if same_arms(&saved) => Self { arms: saved.arms, outcomes: saved.outcomes, ..fresh },
+            Some(saved) if same_arms(&saved) => Self { arms: saved.arms, typical: saved.typical, outcomes: saved.outcomes, ..fresh },
             _ => fresh,
         }
     }
@@ -126,19 +137,53 @@ impl Tuner {
         if !self.tune {
             return self.configured;
         }
-        PerResource::from_fn(|resource| {
-            let sampled = |arm: &Arm, random: &mut dyn FnMut() -> f64| {
-                arm.mean_cost + COST_SPREAD / arm.weight.max(f64::MIN_POSITIVE).sqrt() * normal(random)
-            };
-            let mut best = (f64::INFINITY, self.configured[resource]);
-            for arm in &self.arms[resource] {
-                let cost = sampled(arm, &mut random);
-                if cost < best.0 {
-                    best = (cost, arm.percent);
+        PerResource::from_fn(|resource| self.choose_for(resource, &mut random))
+    }
+
+    /// The percentage of one resource, as [`Self::choose`] draws it.
+    pub fn choose_for(&self, resource: Resource, mut random: impl FnMut() -> f64) -> f64 {
+        if !self.tune {
+            return self.configured[resource];
+        }
+        let mut best = (f64::INFINITY, self.configured[resource]);
+        for arm in &self.arms[resource] {
+            let spread = COST_SPREAD / arm.weight.max(f64::MIN_POSITIVE).sqrt();
+            let cost = arm.mean_cost + spread * normal(&mut random);
+            if cost < best.0 {
+                best = (cost, arm.percent);
+            }
+        }
+        self.rails.clamp_percent(best.1)
+    }
+
+    /// What of a forecast the percentage is of: the quantile at which one more unit reserved costs as much as it saves, by the
+    /// forecast's own account. Where the demand is known well that is a high one; before a burst of which nobody knows how high it
+    /// goes, covering it would cost more than it is worth.
+    #[must_use]
+    pub fn base(&self, resource: Resource, forecast: &Quantiles) -> f64 {
+        /// Places that are looked at between two quantiles that are known.
+        const BETWEEN: usize = 4;
+        let (typical, points) = (self.typical[resource], forecast.to_levels());
+        if typical <= 0.0 || !points.iter().all(|point| point.is_finite()) {
+            return forecast.q90;
+        }
+        let (mut best, mut base) = (f64::INFINITY, forecast.q90);
+        // The demand below the lowest quantile counts as that. `area`: of all below the place that is looked at.
+        let (mut level, mut value) = (Quantiles::LEVELS[0], points[0]);
+        let mut area = level * value;
+        for (next_level, next_value) in Quantiles::LEVELS.into_iter().zip(points).skip(1) {
+            let (level_step, value_step) =
+                ((next_level - level) / BETWEEN as f64, (next_value - value) / BETWEEN as f64);
+            for _ in 0..BETWEEN {
+                area += level_step * (value + value_step / 2.0);
+                (level, value) = (level + level_step, value + value_step);
+                let cost = (level * value - area) / typical + self.short * (1.0 - level);
+                if cost < best {
+                    (best, base) = (cost, value);
                 }
             }
-            self.rails.clamp_percent(best.1)
-        })
+        }
+        base
     }
 
     /// Takes in what a handover showed. Resources whose forecast or demand is no number are left as they are.
@@ -153,6 +198,9 @@ impl Tuner {
             if !(base.is_finite() && base > 0.0 && actual.is_finite() && actual >= 0.0) {
                 continue;
             }
+            let typical = &mut self.typical[resource];
+            *typical = if *typical > 0.0 { *typical + TYPICAL_RATE * (actual - *typical) } else { actual };
+            let typical = *typical;
             let dipped = outcome.dip && if any_short { falls_short(resource) } else { resource == Resource::Cpu };
             let penalty = [
                 (dipped, DIP),
@@ -169,7 +217,7 @@ impl Tuner {
                 continue;
             };
             for (index, arm) in arms.iter_mut().enumerate() {
-                let fit = fit_cost(base * arm.percent / 100.0, actual);
+                let fit = fit_cost(base * arm.percent / 100.0, actual, typical, self.short);
                 let (cost, weight) = if index == nearest {
                     arm.used += 1;
                     arm.hurt += u64::from(hurt);
@@ -212,7 +260,7 @@ impl Tuner {
                     .map(|arm| format!("; next {:.0} % at {:.2}", arm.percent, arm.mean_cost))
                     .unwrap_or_default();
                 format!(
-                    "{resource}: {:.0} % of q90 looks best, mean cost {:.2} (used {}, hurt {}){rival}; {} outcomes",
+                    "{resource}: {:.0} % of the forecast looks best, mean cost {:.2} (used {}, hurt {}){rival}; {} outcomes",
                     best.percent, best.mean_cost, best.used, best.hurt, self.outcomes
                 )
             }
@@ -232,13 +280,13 @@ impl Tuner {
     }
 }
 
-/// Slack as a share of the reservation, or what a shortfall costs.
-fn fit_cost(reserved: f64, actual: f64) -> f64 {
+/// Slack in typical demands, or what a shortfall costs.
+fn fit_cost(reserved: f64, actual: f64, typical: f64, short: f64) -> f64 {
     if reserved >= actual {
-        if reserved > 0.0 { (reserved - actual) / reserved } else { 0.0 }
+        if typical > 0.0 { (reserved - actual) / typical } else { 0.0 }
     } else {
         // Also for nothing reserved, where the quotient is infinite.
-        SHORT + ((actual - reserved) / reserved).min(1.0)
+        short + ((actual - reserved) / reserved).min(1.0)
     }
 }
 
@@ -342,7 +390,7 @@ mod tests {
             let base = PerResource::from_fn(|_| 100.0);
             let actual = needs.map(|_, n| n * (0.9 + 0.2 * random()));
             let cost =
-                |percent: f64, r: Resource| fit_cost(percent, actual[r]) + if actual[r] > percent { 1.0 } else { 0.0 };
+                |percent: f64, r: Resource| fit_cost(percent, actual[r], 100.0, SHORT) + if actual[r] > percent { 1.0 } else { 0.0 };
             for r in Resource::ALL {
                 constant += cost(Reserve::default().percent[r], r);
                 tuned += cost(percent[r], r);
@@ -364,6 +412,20 @@ mod tests {
         let report = &tuner.explain()[1];
         assert!(report.percent > 110.0, "{}", report.text);
         assert!(report.text.contains("1 outcomes"), "{}", report.text);
+    }
+
+    #[test]
+    fn what_is_known_well_is_covered_and_a_burst_of_unknown_height_is_not() {
+        let mut tuner = Tuner::new(&Reserve::default(), rails());
+        let wide = Quantiles { q05: 1.0, q50: 10.0, q90: 100.0, q95: 400.0, q99: 2000.0 };
+        assert_eq!(tuner.base(Resource::Cpu, &wide), wide.q90, "before anything is known");
+        let all = |value: f64| PerResource::from_fn(|_| value);
+        tuner.learn(&Outcome { percent: all(100.0), base: all(100.0), actual: all(100.0), ..Outcome::default() });
+        let narrow = Quantiles { q05: 99.0, q50: 100.0, q90: 101.0, q95: 102.0, q99: 103.0 };
+        assert!(tuner.base(Resource::Cpu, &narrow) >= narrow.q95);
+        assert!(tuner.base(Resource::Cpu, &wide) < wide.q90);
+        let dear = tuner.with_shortfall_price(1000.0);
+        assert!((dear.base(Resource::Cpu, &wide) - wide.q99).abs() < 1e-6);
     }
 
     #[test]

@@ -162,10 +162,12 @@ fn forecasts() -> Vec<ForecastSeries> {
                     q05: known.then_some((middle - spread).max(0.0)),
                     q50: known.then_some(middle.max(0.0)),
                     q95: known.then_some(middle + spread),
+                    lstm_q05: (i >= 60).then_some((middle - 0.8 * spread).max(0.0)),
+                    lstm_q95: (i >= 60).then_some(middle + 0.8 * spread),
                 }
             })
             .collect();
-        ForecastSeries { resource, champion: champion.into(), points }
+        ForecastSeries { resource, champion: champion.into(), lstm: "recent loss 0.120, linear 0.150".into(), points }
     };
     vec![
         one(Resource::Cpu, 32.0, 6.0, "LSTM"),

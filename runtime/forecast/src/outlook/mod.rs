@@ -9,6 +9,7 @@
 //! competes as well. What serves is chosen per series, horizon and level by recent loss: who knows the median best need not know
 //! the 99th percentile. The champion that is named is the median's.
 
+mod base;
 mod blend;
 mod histogram;
 mod memory;
@@ -29,6 +30,7 @@ use crate::lstm::{Batch, ModelWeights, Network, TARGETS};
 use crate::{ImportError, file};
 use series::{CANDIDATES, OutlookSeries};
 
+pub use base::{seal_base, train_base};
 pub use series::Scored;
 pub use train::{History, train_outlook};
 
@@ -82,12 +84,7 @@ impl OutlookConfig {
     }
 
     fn rates(&self, steps: usize) -> Rates {
-        Rates {
-            loss_memory: self.coverage_memory_steps,
-            coverage_memory: self.coverage_memory_steps,
-            calibration: self.calibration_rate,
-            stride: (steps / 4).clamp(1, 2),
-        }
+        Rates { calibration: self.calibration_rate, stride: (steps / 4).clamp(1, 2) }
     }
 }
 
@@ -109,13 +106,14 @@ pub struct Outlook {
 }
 
 impl Outlook {
+    /// Knows no series, and of loads what the base does.
     #[must_use]
     pub fn new(config: OutlookConfig) -> Self {
         Self {
             config,
             names: HashMap::new(),
             series: Vec::new(),
-            model: None,
+            model: base::base().ok().map(with_network),
             batch: Batch::default(),
             active: Vec::new(),
         }
@@ -247,10 +245,7 @@ impl Outlook {
         }
         self.names = names;
         self.series = series.into_iter().map(|(_, series)| series).collect();
-        self.model = weights.map(|weights| {
-            let network = Network::new(&weights);
-            (weights, network)
-        });
+        self.model = weights.map(with_network);
         Ok(())
     }
 
@@ -259,4 +254,9 @@ impl Outlook {
     pub fn bytes(&self) -> usize {
         self.series.iter().map(OutlookSeries::bytes).sum()
     }
+}
+
+fn with_network(weights: ModelWeights) -> (ModelWeights, Network) {
+    let network = Network::new(&weights);
+    (weights, network)
 }

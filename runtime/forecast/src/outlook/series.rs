@@ -12,7 +12,7 @@ use super::blend::Blend;
 use super::histogram::Histogram;
 use super::memory::{MEMORIES, Memory};
 use super::{HORIZONS, OutlookConfig};
-use crate::calibrate::{COVERAGE_MIN, LEVELS, Mean, Points, Rates, Shifts, Tracker, around, inside};
+use crate::calibrate::{COVERAGE_MIN, Conformal, LEVELS, Mean, Points, Rates, Shifts, around, inside};
 use crate::linear::Linear;
 use crate::lstm::{HIDDEN, INPUTS, quantiles};
 use crate::series::{CHANGE_MAX, Series, View, squash};
@@ -84,7 +84,7 @@ pub struct Scored {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Calibration {
     /// As wide as its errors were, for who only says a middle.
-    Conformal(Tracker),
+    Conformal(Conformal),
     /// For who has widths of its own.
     Shifted(Shifts),
     AsSaid,
@@ -95,13 +95,13 @@ impl Calibration {
         match who {
             LSTM_UNCALIBRATED => Self::AsSaid,
             HISTOGRAM | LSTM_OWN_WIDTH | BLEND => Self::Shifted(Shifts::default()),
-            _ => Self::Conformal(Tracker::new(rates, who)),
+            _ => Self::Conformal(Conformal::new(rates, who)),
         }
     }
 
     fn band(&self, points: &Points, floor: f64) -> [f64; LEVELS] {
         match self {
-            Self::Conformal(tracker) => tracker.band(points, floor),
+            Self::Conformal(conformal) => conformal.band(points, floor),
             Self::Shifted(shifts) => shifts.band(points),
             Self::AsSaid => points.map(|point| point.max(0.0)),
         }
@@ -109,7 +109,7 @@ impl Calibration {
 
     fn score(&mut self, points: &Points, band: &[f64; LEVELS], floor: f64, actual: f64, rates: &Rates) {
         match self {
-            Self::Conformal(tracker) => tracker.score(points, band, floor, actual, rates),
+            Self::Conformal(conformal) => conformal.score(points, band, floor, actual, rates),
             Self::Shifted(shifts) => shifts.score(band, actual, SHIFT_RATE),
             Self::AsSaid => {}
         }
@@ -117,7 +117,7 @@ impl Calibration {
 
     fn reset(&mut self) {
         match self {
-            Self::Conformal(tracker) => tracker.reset(),
+            Self::Conformal(conformal) => conformal.reset(),
             Self::Shifted(shifts) => *shifts = Shifts::default(),
             Self::AsSaid => {}
         }
@@ -125,14 +125,14 @@ impl Calibration {
 
     fn is_sound(&self) -> bool {
         match self {
-            Self::Conformal(tracker) => tracker.is_sound(),
+            Self::Conformal(conformal) => conformal.is_sound(),
             Self::Shifted(shifts) => shifts.is_sound(),
             Self::AsSaid => true,
         }
     }
 
     fn bytes(&self) -> usize {
-        size_of::<Self>() + if let Self::Conformal(tracker) = self { tracker.heap_bytes() } else { 0 }
+        size_of::<Self>() + if let Self::Conformal(conformal) = self { conformal.heap_bytes() } else { 0 }
     }
 }
 
@@ -454,7 +454,7 @@ impl Horizon {
         self.linear.learn(&linear_inputs, ((actual - last) / scale) as f32, LINEAR_KEEP);
         self.served = self.served.saturating_add(1);
         let covered = f64::from(u8::from(inside(&issued.served, actual)));
-        self.served_covered.add(covered, config.coverage_memory_steps);
+        self.served_covered.add(covered, 1.0, config.coverage_memory_steps);
         self.due = Some((issued, actual));
     }
 

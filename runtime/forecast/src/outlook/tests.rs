@@ -13,15 +13,11 @@ const START_MS: u64 = 1_798_416_000_000;
 const STEP_MS: u64 = 300_000;
 const DAY: u64 = 288;
 
-fn noise(random: &mut Random) -> f64 {
-    (0..12).map(|_| f64::from(random.signed())).sum::<f64>() / 2.0
-}
-
 /// A working day: busy from eight to six, and noise that grows with it.
 fn daily(step: u64, random: &mut Random) -> f64 {
     let hour = (step % DAY) as f64 / 12.0;
     let busy = if (8.0..18.0).contains(&hour) { 1.0 } else { 0.1 };
-    (100.0 * busy * (1.0 + 0.1 * noise(random))).max(0.0)
+    (100.0 * busy * (1.0 + 0.1 * random.normal())).max(0.0)
 }
 
 fn history(steps: u64, seed: u64, mut make: impl FnMut(u64, &mut Random) -> f64) -> History {

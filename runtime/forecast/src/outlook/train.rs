@@ -28,7 +28,7 @@ pub fn train_outlook(
 }
 
 /// Replays the values through the same code that runs at inference.
-fn prepare(history: &History, config: &OutlookConfig) -> Option<Prepared> {
+pub(super) fn prepare(history: &History, config: &OutlookConfig) -> Option<Prepared> {
     let mut series = OutlookSeries::new(config);
     let mut samples = Vec::with_capacity(history.len());
     // When each sample was taken, in steps; its value; and where its targets are measured from.
