@@ -44,8 +44,7 @@ const WHOLE: Effort = Effort { series_max: 24, steps_max: 30_000, train: TRAIN }
 /// Seeds of the tuner's exploration.
 const SEEDS: u64 = 5;
 /// Prices of a shortfall: what our curve of slack over violations is drawn with. The tuner's own is among them.
-const PRICES: [f64; 15] =
-    [0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 1024.0, 16_384.0];
+const PRICES: [f64; 15] = [0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 1024.0, 16_384.0];
 const PRICE: usize = 4;
 /// Set-points of the controller: shares above the need.
 const ABOVE: [f64; 11] = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0];
@@ -126,7 +125,7 @@ fn rows_of(trace: &data::Trace, effort: &Effort) -> Result<Vec<Row>> {
         .filter(|lane| lane.mean_need > 0.0)
         .collect();
     let columns: BTreeSet<&str> = lanes.iter().map(|lane| lane.column.as_str()).collect();
-    let mut progress = Progress::begin(&format!("{}: policies over {} series", trace.name, lanes.len()));
+    let mut progress = Progress::begin(format!("{}: policies over {} series", trace.name, lanes.len()));
     let mut rows = Vec::new();
     for column in columns {
         let lanes: Vec<&Lane> = lanes.iter().filter(|lane| lane.column == column).collect();
@@ -152,7 +151,13 @@ impl Lane {
             }
             let values = |range: std::ops::RangeInclusive<usize>| seen[range].iter().map(|seen| seen.value);
             let need = values(at + 1..=at + interval).fold(0.0, f64::max);
-            decisions.push(Decision { step, forecast, since: values(from..=at).collect(), need, counts: step >= test_from });
+            decisions.push(Decision {
+                step,
+                forecast,
+                since: values(from..=at).collect(),
+                need,
+                counts: step >= test_from,
+            });
             (from, at) = (at + 1, at + interval);
         }
         let counted: Vec<f64> = decisions.iter().filter(|one| one.counts).map(|one| one.need).collect();

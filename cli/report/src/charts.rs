@@ -229,7 +229,9 @@ pub(crate) fn forecast(series: &ForecastSeries, size: Size) -> String {
 
 /// With room above and below; from zero unless the values all lie far from it.
 fn value_range(points: &[ForecastPoint]) -> (f64, f64) {
-    let values = || points.iter().flat_map(|p| [p.actual, p.q05, p.q95, p.lstm_q05, p.lstm_q95]).flatten().filter(|v| v.is_finite());
+    let values = || {
+        points.iter().flat_map(|p| [p.actual, p.q05, p.q95, p.lstm_q05, p.lstm_q95]).flatten().filter(|v| v.is_finite())
+    };
     let low = values().fold(f64::INFINITY, f64::min);
     let high = values().fold(f64::NEG_INFINITY, f64::max);
     if !low.is_finite() || high <= 0.0 {

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use warmswap_agent::api::{Fault, ForecastAnswer, ResourceReport, RunRequest, ServiceStatus, UpdateLine, UpdateRequest};
+use warmswap_agent::api::{
+    Fault, ForecastAnswer, ResourceReport, RunRequest, ServiceStatus, UpdateLine, UpdateRequest,
+};
 use warmswap_load::{Load, LoadConfig, LoadResult, RunningLoad};
 use warmswap_model::{Champion, HandoverReport, PerResource, Resource, Verdict};
 use warmswap_report::{
@@ -334,7 +336,8 @@ fn how_the_lstm_fares(own: &ResourceReport) -> String {
         return "none of its forecasts has come due: it was not trained in time".into();
     };
     let others = own.candidates.iter().filter(|other| other.candidate != Champion::Lstm);
-    let best = others.filter_map(|other| Some((other.loss?, other.candidate.name()))).min_by(|a, b| a.0.total_cmp(&b.0));
+    let best =
+        others.filter_map(|other| Some((other.loss?, other.candidate.name()))).min_by(|a, b| a.0.total_cmp(&b.0));
     let beside = best.map_or_else(String::new, |(loss, name)| format!(", {name} of {loss:.3}"));
     format!("recent loss of {loss:.3} {}{beside}, over {} forecasts", own.unit, lstm.scored)
 }

@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use warmswap_agent::api::{Band, ForecastAnswer, LstmState};
+use warmswap_agent::api::{Band, ForecastAnswer, LstmState, MinutesForecast};
 use warmswap_model::{Resource, ServiceName};
+use warmswap_report::utc;
 
 use super::Here;
 use crate::client::Client;
@@ -13,6 +14,8 @@ use crate::output::{Style, paint, print_table, say, say_json, table};
 /// Columns and rows of a plot.
 const PLOT_WIDTH: usize = 72;
 const PLOT_HEIGHT: usize = 8;
+/// What a column stands for where the plot shows what is ahead.
+const MINUTES_OF_COLUMN: usize = 5;
 
 pub(super) fn forecast(here: &Here, service: &ServiceName) -> Result<ExitCode> {
     let client = Client::connect(&here.run_dir)?;
@@ -58,7 +61,11 @@ pub(super) fn forecast(here: &Here, service: &ServiceName) -> Result<ExitCode> {
     }
     print_table(&rows);
     for resource in Resource::ALL {
-        plot(resource, &answer.bands);
+        plot_seconds(resource, &answer.bands);
+    }
+    match &answer.minutes {
+        Some(minutes) => show_minutes(minutes),
+        None => say("\nover minutes: nothing yet, the first minute has not closed"),
     }
     for line in answer.tuner.iter().map(|resource| &resource.text) {
         say(&format!("reserve {line}"));
@@ -66,32 +73,103 @@ pub(super) fn forecast(here: &Here, service: &ServiceName) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What was forecast (the 90 % interval as a shade) and what came (dots), newest to the right.
-fn plot(resource: Resource, bands: &[Band]) {
+fn show_minutes(forecast: &MinutesForecast) {
+    say(&format!("\nover minutes, from {} (UTC)", utc(forecast.until_unix_ms)));
+    let mut rows = table(
+        ["resource", "in", "q05", "q50", "q90", "q95", "q99", "", "champion", "coverage"],
+        &[1, 2, 3, 4, 5, 6, 9],
+    );
+    for resource in Resource::ALL {
+        for of in &forecast.resources[resource] {
+            let mut row = vec![resource.to_string(), format!("{} min", of.minutes)];
+            row.extend(of.band.to_levels().map(|value| format!("{value:.2}")));
+            let coverage = of.coverage90.map_or_else(|| "–".into(), |share| format!("{:.0} %", share * 100.0));
+            row.extend([resource.unit().into(), of.champion.name().into(), coverage]);
+            rows.add_row(row);
+        }
+    }
+    print_table(&rows);
+    for resource in Resource::ALL {
+        plot_minutes(resource, forecast);
+    }
+}
+
+/// One column of a plot.
+#[derive(Debug, Clone, Copy, Default)]
+struct Column {
+    came: Option<f64>,
+    /// The 90 % interval.
+    expected: Option<(f64, f64)>,
+}
+
+/// What was forecast for the last seconds, and what came.
+fn plot_seconds(resource: Resource, bands: &[Band]) {
     let shown = &bands[bands.len().saturating_sub(PLOT_WIDTH)..];
-    if shown.len() < 2 {
+    let column = |band: &Band| {
+        let quantiles = band.demand.quantiles[resource];
+        Column { came: Some(band.actual[resource]), expected: Some((quantiles.q05, quantiles.q95)) }
+    };
+    let columns: Vec<Column> = shown.iter().map(column).collect();
+    let title = format!("{resource} ({}), last {} s: ● came, ░ expected with 90 %", resource.unit(), shown.len());
+    plot(&title, &columns);
+}
+
+/// The last minutes, a column each, and the interval that the next hour is expected in, [`MINUTES_OF_COLUMN`] a column.
+fn plot_minutes(resource: Resource, forecast: &MinutesForecast) {
+    let horizons = &forecast.resources[resource];
+    let Some(longest) = horizons.last() else { return };
+    let ahead = longest.minutes / MINUTES_OF_COLUMN;
+    let shown = PLOT_WIDTH.saturating_sub(ahead).min(forecast.recent.len());
+    let past = &forecast.recent[forecast.recent.len() - shown..];
+    let Some((_, last)) = past.last() else { return };
+    let mut columns: Vec<Column> =
+        past.iter().map(|(_, usage)| Column { came: Some(usage[resource]), expected: None }).collect();
+    columns.extend((1..=ahead).map(|column| {
+        let minute = (column * MINUTES_OF_COLUMN) as f64;
+        // From the last value to the horizons, in straight lines.
+        let mut from = (0.0, last[resource], last[resource]);
+        for of in horizons {
+            let to = (of.minutes as f64, of.band.q05, of.band.q95);
+            if minute <= to.0 {
+                let share = (minute - from.0) / (to.0 - from.0);
+                let between = |from: f64, to: f64| from + share * (to - from);
+                return Column { came: None, expected: Some((between(from.1, to.1), between(from.2, to.2))) };
+            }
+            from = to;
+        }
+        Column::default()
+    }));
+    let title = format!(
+        "{resource} ({}), last {shown} and next {} minutes: ● came, ░ expected with 90 %",
+        resource.unit(),
+        longest.minutes
+    );
+    plot(&title, &columns);
+}
+
+/// Newest to the right.
+fn plot(title: &str, columns: &[Column]) {
+    let values = || columns.iter().flat_map(|c| [c.came, c.expected.map(|e| e.0), c.expected.map(|e| e.1)]).flatten();
+    let low = values().fold(f64::INFINITY, f64::min);
+    let high = values().fold(f64::NEG_INFINITY, f64::max);
+    if columns.len() < 2 || !low.is_finite() {
         return;
     }
-    let lowest = |band: &Band| band.actual[resource].min(band.demand.quantiles[resource].q05);
-    let highest = |band: &Band| band.actual[resource].max(band.demand.quantiles[resource].q95);
-    let low = shown.iter().map(lowest).fold(f64::INFINITY, f64::min);
-    let high = shown.iter().map(highest).fold(f64::NEG_INFINITY, f64::max);
     let span = if high > low { high - low } else { 1.0 };
     let row_of = |value: f64| (((value - low) / span) * (PLOT_HEIGHT - 1) as f64).round() as usize;
-    say(&format!("\n{resource} ({}), last {} s: ● came, ░ expected with 90 %", resource.unit(), shown.len()));
+    say(&format!("\n{title}"));
     for row in (0..PLOT_HEIGHT).rev() {
         let label = match row {
             r if r == PLOT_HEIGHT - 1 => format!("{high:>9.2}"),
             0 => format!("{low:>9.2}"),
             _ => " ".repeat(9),
         };
-        let cells: String = shown
+        let cells: String = columns
             .iter()
-            .map(|band| {
-                let quantiles = band.demand.quantiles[resource];
-                if row_of(band.actual[resource]) == row {
+            .map(|column| {
+                if column.came.is_some_and(|value| row_of(value) == row) {
                     '●'
-                } else if (row_of(quantiles.q05)..=row_of(quantiles.q95)).contains(&row) {
+                } else if column.expected.is_some_and(|(low, high)| (row_of(low)..=row_of(high)).contains(&row)) {
                     '░'
                 } else {
                     ' '

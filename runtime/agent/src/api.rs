@@ -25,7 +25,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 pub use warmswap_forecast::{ForecastReport, LstmState, ResourceReport};
 pub use warmswap_handover::{MemberStatus, Progress, Role};
-use warmswap_model::{DemandVector, FeatureWindow, Generation, HandoverReport, PerResource, Quantiles, ServiceName};
+use warmswap_model::{
+    Champion, DemandVector, FeatureWindow, Generation, HandoverReport, PerResource, Quantiles, ServiceName,
+};
 use warmswap_policy::TunerReport;
 
 pub use live::{Container, Dropped, KernelCost, Live, LiveContainer, News, NewsKind, ProbeCost, Tool};
@@ -129,8 +131,35 @@ pub struct ForecastAnswer {
     pub recent: Vec<FeatureWindow>,
     /// What was forecast for the recent windows, by the time it was forecast for.
     pub bands: Vec<Band>,
+    /// Over minutes; `None` before the first minute has closed.
+    #[serde(default)]
+    pub minutes: Option<MinutesForecast>,
     /// Why the reservation percentages are what they are.
     pub tuner: Vec<TunerReport>,
+}
+
+/// What a service is expected to need at some minutes from now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MinutesForecast {
+    /// End of the newest minute that was seen; horizons count from it.
+    pub until_unix_ms: u64,
+    /// Optimiser steps of the network, those of the base that it began with included.
+    pub trained_steps: u64,
+    /// Rising horizons.
+    pub resources: PerResource<Vec<HorizonForecast>>,
+    /// The last hour, for a plot: when each minute ended, and what it came to.
+    pub recent: Vec<(u64, PerResource<f64>)>,
+}
+
+/// One horizon of one resource, in its unit.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct HorizonForecast {
+    pub minutes: usize,
+    pub band: Quantiles,
+    /// Who says the median.
+    pub champion: Champion,
+    /// Share of recent values inside their interval from q05 to q95; `None` until there are enough.
+    pub coverage90: Option<f64>,
 }
 
 /// A forecast whose time has come, beside what happened.

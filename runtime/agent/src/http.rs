@@ -336,6 +336,7 @@ async fn forecast(State(server): State<Server>, Path(name): Path<String>) -> Res
             report: forecaster.explain(&name),
             recent: shared.observatory.windows(&name, usize::MAX),
             bands: lock(&shared.bands).get(&name).cloned().unwrap_or_default(),
+            minutes: lock(&shared.minutes).answer(&shared.history, &name)?,
             tuner: lock(&handle.snapshot).tuner.clone(),
             service: name,
         })

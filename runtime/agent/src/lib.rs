@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  svc-NAME   one thread per service: owns its supervisor, runs its handovers      (service, conditions)
-//!  tick       once a second: windows, history, forecast, triggers, snapshots       (tick, observatory, live)
-//!  train      SCHED_IDLE: trains the LSTM from history                             (trainer)
+//!  tick       once a second: windows, history, forecasts, triggers, snapshots      (tick, minutes, observatory, live)
+//!  train      SCHED_IDLE: trains the LSTMs from history                            (trainer)
 //!  cgroups    containers of other tools as they come and go                        (containers)
 //!  marks      handover marks from the sensor's urgent ring                         (observatory)
 //!  tokio      the API on a unix socket                                             (http, api, metrics)
@@ -20,6 +20,7 @@ mod http;
 mod live;
 mod memory_latency;
 mod metrics;
+mod minutes;
 mod observatory;
 mod random;
 mod service;

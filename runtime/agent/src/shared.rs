@@ -16,6 +16,7 @@ use crate::api::Band;
 use crate::containers::{Containers, Whose};
 use crate::live::LiveHub;
 use crate::lock;
+use crate::minutes::Minutes;
 use crate::observatory::Observatory;
 use crate::service::ServiceHandle;
 
@@ -66,6 +67,7 @@ pub(crate) struct Shared {
     pub(crate) containers: Containers,
     pub(crate) live: LiveHub,
     pub(crate) forecaster: Mutex<Forecaster>,
+    pub(crate) minutes: Mutex<Minutes>,
     pub(crate) bands: Mutex<BTreeMap<ServiceName, Vec<Band>>>,
     pub(crate) leases: Mutex<BTreeMap<ServiceName, PerResource<f64>>>,
     starting: Mutex<BTreeSet<ServiceName>>,
@@ -101,6 +103,7 @@ impl Shared {
             containers: Containers::new(),
             live: LiveHub::default(),
             forecaster: Mutex::new(forecaster),
+            minutes: Mutex::new(Minutes::new()),
             bands: Mutex::default(),
             leases: Mutex::default(),
             starting: Mutex::default(),
@@ -151,6 +154,7 @@ impl Shared {
         lock(&self.services).remove(name);
         lock(&self.leases).remove(name);
         lock(&self.forecaster).forget(name);
+        lock(&self.minutes).forget(name);
     }
 
     /// The last CPU, when there are two or more: a shadow warms up beside the active, not in its way.

@@ -53,6 +53,9 @@ pub(crate) fn run(shared: &Arc<Shared>, stop: &AtomicBool) {
         alarms.look(shared, &windows);
         shared.live.publish(shared, &windows);
         for handle in shared.services() {
+            if let Err(error) = lock(&shared.minutes).feed(&shared.history, &handle.name, unix_ms()) {
+                tracing::warn!("the last minutes of {} are not forecast from: {error}", handle.name);
+            }
             let state = states.entry(handle.name.clone()).or_insert_with(|| recall_triggers(shared, &handle.name));
             let before = state.clone();
             let fired = look_at_triggers(shared, &handle, state, count);

@@ -40,9 +40,7 @@ pub use config::ForecastConfig;
 pub use file::ImportError;
 pub use forecaster::Forecaster;
 pub use lstm::{ModelWeights, Stepper, Validation};
-pub use outlook::{
-    HORIZONS, History, Outlook, OutlookConfig, Scored, SeriesId, seal_base, train_base, train_outlook,
-};
+pub use outlook::{HORIZONS, History, Outlook, OutlookConfig, Scored, SeriesId, seal_base, train_base, train_outlook};
 pub use profile::Irregular;
 pub use report::{CandidateReport, ForecastReport, LstmState, ResourceReport, TrainedReport};
 pub use train::{HistorySlice, Progress, TrainConfig, TrainError, train};

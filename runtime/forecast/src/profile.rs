@@ -491,7 +491,7 @@ impl Profile {
 fn is_turn(step: u64, horizon: u64) -> bool {
     const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
     let share = (step / horizon).wrapping_mul(GOLDEN) >> 32;
-    step % horizon == share * horizon >> 32
+    step % horizon == (share * horizon) >> 32
 }
 
 /// Rates per second that foretell usage, as logarithms: they span orders of magnitude.

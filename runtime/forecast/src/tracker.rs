@@ -10,13 +10,18 @@ use serde::{Deserialize, Serialize};
 use warmswap_model::Quantiles;
 
 use crate::ForecastConfig;
-use crate::calibrate::{COVERAGE_MIN, LEVELS, Mean, Points, SCORE_MAX, calibrated, distances, inside, pinball, prior_share};
+use crate::calibrate::{
+    COVERAGE_MIN, LEVELS, Mean, Points, SCORE_MAX, calibrated, distances, inside, pinball, prior_share,
+};
 
 /// Steps over which the mean absolute error is averaged.
 const ERROR_MEMORY: f64 = 120.0;
-/// Steps of the spread's logarithm, and of the places of the levels; the first ones are larger.
+/// Steps of the spread's logarithm, and of the places of the levels. The first ones are larger, so many by the number of the
+/// comparison: what a program does as it starts is soon forgotten.
 const SPREAD_RATE: f64 = 0.003;
+const SPREAD_FIRST: f64 = 3.0;
 const PLACE_RATE: f64 = 0.02;
+const PLACE_FIRST: f64 = 2.0;
 const RATE_MAX: f64 = 0.5;
 /// How far a score may be from the spread, in logarithms.
 const APART_MAX: f64 = 3.0;
@@ -85,7 +90,7 @@ impl Tracker {
         }
         self.scored = self.scored.saturating_add(1);
         let rate = |usual: f64, first: f64| (usual * steps).max(first / f64::from(self.scored)).min(RATE_MAX);
-        let (spread_rate, place_rate) = (rate(SPREAD_RATE, 1.0), rate(PLACE_RATE, 2.0));
+        let (spread_rate, place_rate) = (rate(SPREAD_RATE, SPREAD_FIRST), rate(PLACE_RATE, PLACE_FIRST));
         for (place, level) in self.places.iter_mut().zip(Quantiles::LEVELS) {
             let found = *place * self.spread;
             // An exact hit says nothing: a constant series is below none of its quantiles.
@@ -122,8 +127,10 @@ mod tests {
     use crate::calibrate::around;
     use crate::random::Random;
 
+    type Errors = fn(u32, &mut Random) -> f64;
+
     /// How often what came lay below each level, over the second half.
-    fn shares(mut error_of: impl FnMut(u32, &mut Random) -> f64) -> [f64; LEVELS] {
+    fn shares(error_of: Errors) -> [f64; LEVELS] {
         let (config, mut random, mut tracker) = (ForecastConfig::default(), Random::new(5), Tracker::new());
         let (mut below, steps) = ([0.0; LEVELS], 8000);
         for step in 0..steps {
@@ -141,7 +148,7 @@ mod tests {
 
     #[test]
     fn each_level_is_exceeded_as_often_as_it_says() {
-        let kinds: [(&str, fn(u32, &mut Random) -> f64); 4] = [
+        let kinds: [(&str, Errors); 4] = [
             ("normal", |_, random| 3.0 * random.normal()),
             ("skewed", |_, random| (2.0 * random.normal()).exp()),
             ("growing", |step, random| f64::from(step) * random.normal()),

@@ -126,7 +126,9 @@ impl Tuner {
             })
         };
         match saved {
-            Some(saved) if same_arms(&saved) => Self { arms: saved.arms, typical: saved.typical, outcomes: saved.outcomes, ..fresh },
+            Some(saved) if same_arms(&saved) => {
+                Self { arms: saved.arms, typical: saved.typical, outcomes: saved.outcomes, ..fresh }
+            }
             _ => fresh,
         }
     }
@@ -389,8 +391,9 @@ mod tests {
             let percent = tuner.choose(&mut random);
             let base = PerResource::from_fn(|_| 100.0);
             let actual = needs.map(|_, n| n * (0.9 + 0.2 * random()));
-            let cost =
-                |percent: f64, r: Resource| fit_cost(percent, actual[r], 100.0, SHORT) + if actual[r] > percent { 1.0 } else { 0.0 };
+            let cost = |percent: f64, r: Resource| {
+                fit_cost(percent, actual[r], 100.0, SHORT) + if actual[r] > percent { 1.0 } else { 0.0 }
+            };
             for r in Resource::ALL {
                 constant += cost(Reserve::default().percent[r], r);
                 tuned += cost(percent[r], r);

@@ -135,6 +135,28 @@ impl Outlook {
         id
     }
 
+    /// The series of this name, if there is one.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<SeriesId> {
+        self.names.get(name).copied()
+    }
+
+    /// Stops following a series. Other [`SeriesId`]s are void: they are to be found again.
+    pub fn forget(&mut self, name: &str) {
+        let Some(SeriesId(at)) = self.names.remove(name) else { return };
+        self.series.swap_remove(at);
+        let moved = SeriesId(self.series.len());
+        for id in self.names.values_mut().filter(|id| **id == moved) {
+            *id = SeriesId(at);
+        }
+    }
+
+    /// When the series' newest value was, Unix ms. `None` before its first.
+    #[must_use]
+    pub fn last_ms(&self, SeriesId(at): SeriesId) -> Option<u64> {
+        self.series[at].last_ms
+    }
+
     /// One tick at `tick_unix_ms`: takes each series' value in, scores the forecasts that came due, and makes new ones. A series
     /// is named at most once per tick; a second value counts as a duplicate and is not taken. Allocates nothing.
     pub fn observe(&mut self, tick_unix_ms: u64, values: &[(SeriesId, f64)]) {

@@ -152,7 +152,7 @@ pub(super) struct Horizon {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct OutlookSeries {
-    last_ms: Option<u64>,
+    pub(super) last_ms: Option<u64>,
     memory: Memory,
     histogram: Histogram,
     pub(super) horizons: Vec<Horizon>,
