@@ -4,9 +4,9 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use warmswap_history::{BlobKind, History, HistoryError, Retention, STEPS_KEPT};
+use warmswap_history::{BlobKind, DaysRun, History, HistoryError, LOOK_BACK_DAYS, Retention, STEPS_KEPT};
 use warmswap_model::{
     CgroupId, ConnectionCounts, Durations, FeatureWindow, Generation, HandoverReport, LatencyHistogram, PerResource,
     ProbeCounts, Rung, ServiceName, StateMove, StepTiming, Trigger, Verdict,
@@ -173,6 +173,53 @@ fn retention_keeps_young_seconds_minutes_and_the_newest_reports() {
 }
 
 #[test]
+fn what_a_service_keeps_grows_with_the_days_on_which_it_ran() {
+    let retention = Retention {
+        seconds_keep_s: 1000,
+        seconds_keep_min_s: 200,
+        minutes_keep_s: 10_000,
+        minutes_keep_min_s: 4000,
+        ..Retention::default()
+    };
+    let keep = |run, seen| retention.keep_s(DaysRun { run, seen });
+    assert_eq!(keep(0, 28), (200, 4000));
+    assert_eq!(keep(14, 28), (600, 7000));
+    assert_eq!(keep(28, 28), (1000, 10_000));
+    assert_eq!(keep(1, 1), (1000, 10_000), "a new service is not a rare one");
+    assert_eq!(keep(9, 3), (1000, 10_000), "never above the maximum");
+    assert_eq!(keep(0, 0), (200, 4000));
+    let wrong = Retention { seconds_keep_min_s: 5000, minutes_keep_s: u64::MAX, minutes_keep_min_s: 0, ..retention };
+    assert_eq!(wrong.keep_s(DaysRun { run: 28, seen: 28 }), (1000, u64::MAX), "the maximum is the harder limit");
+    let default = Retention::default();
+    assert!(default.minutes_keep_min_s >= LOOK_BACK_DAYS * 24 * 3600, "deleting must not change the next decision");
+}
+
+#[test]
+fn a_rare_service_keeps_less_than_one_that_runs_daily() {
+    const DAY_MS: u64 = 24 * 3600 * 1000;
+    let folder = tempfile::tempdir().unwrap();
+    let history = History::open(folder.path()).unwrap();
+    // Two minutes of every day, and of every 20th; the second of the next day closes the minute before.
+    for day in 0..=100u64 {
+        let begin = START_MS + day * DAY_MS;
+        let mut windows = Vec::new();
+        for at in [begin + 1000, begin + 61_000] {
+            windows.push((name("daily"), window(at, 1.0)));
+            if day % 20 == 0 {
+                windows.push((name("rare"), window(at, 1.0)));
+            }
+        }
+        history.append_windows(&windows).unwrap();
+    }
+    let now = START_MS + 100 * DAY_MS + 62_000;
+    history.enforce_retention(now, &Retention::default()).unwrap();
+    let oldest_days = |service: &str| (now - history.minutes(&name(service), 0..now).unwrap()[0].end_unix_ms) / DAY_MS;
+    assert_eq!(oldest_days("daily"), 90 - 1, "the maximum");
+    assert_eq!(oldest_days("rare"), 20, "two of 28 days: 32 days are kept, and in them it ran 20 days ago");
+    assert_eq!(history.enforce_retention(now, &Retention::default()).unwrap(), Default::default(), "decided the same");
+}
+
+#[test]
 fn a_report_that_could_not_be_read_back_is_refused_and_the_others_stay_readable() {
     let folder = tempfile::tempdir().unwrap();
     let history = History::open(folder.path()).unwrap();
@@ -296,44 +343,96 @@ fn a_copy_taken_at_any_moment_opens_with_all_that_was_committed() {
 
 const CHILD_FOLDER: &str = "WARMSWAP_TEST_HISTORY_FOLDER";
 
-/// Not a test of its own: the process that the next test kills. Says each tick that was appended.
+/// Seconds that the killed process keeps, few enough that every round deletes.
+const CHILD_KEEPS_S: u64 = 90;
+/// Several pages of the database, so that a model that was saved in part would be seen.
+const MODEL_BYTES: usize = 40_000;
+
+fn model(tick: u64, key: &str) -> Vec<u8> {
+    let seed = [tick.to_le_bytes().as_slice(), key.as_bytes()].concat();
+    seed.iter().copied().cycle().take(MODEL_BYTES).collect()
+}
+
+/// Not a test of its own: the process that the next test kills. Says each thing that the store has acknowledged.
 #[test]
-fn child_that_appends_until_it_is_killed() {
+fn child_that_writes_until_it_is_killed() {
     let Some(folder) = std::env::var_os(CHILD_FOLDER) else { return };
     let history = History::open(folder).unwrap();
-    for second in 1.. {
-        history.append_windows(&[(name("a"), window(START_MS + second * 1000, second as f64))]).unwrap();
-        println!("appended {second}");
+    let newest = history.windows(&name("a"), 0..u64::MAX).unwrap().last().map_or(START_MS, |w| w.end_unix_ms);
+    let retention = Retention { seconds_keep_s: CHILD_KEEPS_S, ..Retention::default() };
+    for tick in (newest - START_MS) / 1000 + 1.. {
+        let at = window(START_MS + tick * 1000, tick as f64);
+        history.append_windows(&[(name("a"), at.clone()), (name("b"), at)]).unwrap();
+        println!("appended {tick}");
+        for key in ["a", "b"] {
+            history.put_blob(BlobKind::Model, key, &model(tick, key)).unwrap();
+            println!("saved-{key} {tick}");
+        }
+        if tick % 5 == 0 {
+            history.enforce_retention(START_MS + tick * 1000, &retention).unwrap();
+            println!("retained {tick}");
+        }
     }
 }
 
 #[test]
-fn a_kill_loses_nothing_that_was_appended() {
+fn a_kill_loses_nothing_that_was_acknowledged() {
     let folder = tempfile::tempdir().unwrap();
-    for round in 0..3 {
+    let mut random = 0x5eed_u64;
+    let (mut appended, mut retained, mut saved) = (0, 0, [0, 0]);
+    for round in 0..25 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_appends_until_it_is_killed", "--nocapture"])
+            .args(["--exact", "child_that_writes_until_it_is_killed", "--nocapture"])
             .env(CHILD_FOLDER, folder.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let appended = |line: String| line.strip_prefix("appended ").and_then(|n| n.parse::<u64>().ok());
-        // The harness prints the test's name in front of its first line, so the count begins with the second.
-        let mut last = 0;
-        while last < 40 + 13 * round {
-            let line = lines.next().expect("the child ended by itself").unwrap();
-            last = appended(line).unwrap_or(last);
+        let mut note = |line: &str| {
+            // The harness prints the test's name in front of the first line.
+            let mut words = line.rsplit(' ');
+            let Some(tick) = words.next().and_then(|n| n.parse().ok()) else { return };
+            match words.next() {
+                Some("appended") => appended = tick,
+                Some("retained") => retained = tick,
+                Some("saved-a") => saved[0] = tick,
+                Some("saved-b") => saved[1] = tick,
+                _ => {}
+            }
+        };
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        for _ in 0..10 + (random >> 33) % 60 {
+            note(&lines.next().expect("the child ended by itself").unwrap());
         }
+        // And then anywhere inside a transaction.
+        std::thread::sleep(Duration::from_micros((random >> 40) % 8000));
         child.kill().unwrap();
         child.wait().unwrap();
-        last = lines.map_while(Result::ok).filter_map(appended).last().unwrap_or(last);
+        lines.map_while(Result::ok).for_each(|line| note(&line));
 
-        let windows = History::open(folder.path()).unwrap().windows(&name("a"), 0..u64::MAX).unwrap();
-        let kept = windows.len() as u64;
-        assert!(kept >= last, "{last} ticks were appended, {kept} are there");
-        assert_eq!(windows.last(), Some(&window(START_MS + kept * 1000, kept as f64)));
+        let history = History::open(folder.path()).unwrap();
+        let windows = history.windows(&name("a"), 0..u64::MAX).unwrap();
+        let ticks: Vec<u64> = windows.iter().map(|w| (w.end_unix_ms - START_MS) / 1000).collect();
+        let (first, last) = (ticks[0], *ticks.last().unwrap());
+        assert!(
+            last == appended || last == appended + 1,
+            "round {round}: {appended} was acknowledged, {last} is there"
+        );
+        assert_eq!(ticks, (first..=last).collect::<Vec<_>>(), "round {round}: a tick is missing");
+        assert!(windows.iter().zip(&ticks).all(|(w, tick)| *w == window(w.end_unix_ms, *tick as f64)), "round {round}");
+        assert_eq!(history.windows(&name("b"), 0..u64::MAX).unwrap(), windows, "round {round}: a tick was torn");
+        let oldest = retained.saturating_sub(CHILD_KEEPS_S).max(1);
+        assert!((oldest..=oldest + 5).contains(&first), "round {round}: {first} is the oldest, not {oldest}");
+        let minutes = history.minutes(&name("a"), 0..u64::MAX).unwrap();
+        assert_eq!(minutes.len() as u64, (last - 1) / 60, "round {round}: a minute that ended is missing");
+        for (key, saved) in ["a", "b"].into_iter().zip(saved) {
+            let bytes = history.get_blob(BlobKind::Model, key).unwrap().expect("the model is there");
+            let whole = (saved..=saved + 1).any(|tick| bytes == model(tick, key));
+            assert!(whole, "round {round}: the model acknowledged at {saved} is missing or mixed");
+        }
     }
+    println!("killed 25 times in {appended} ticks");
+    assert!(retained > 2 * CHILD_KEEPS_S, "retention had nothing to delete: {appended} ticks");
 }
 
 #[test]
