@@ -74,7 +74,7 @@ pub(super) fn forecast(here: &Here, service: &ServiceName) -> Result<ExitCode> {
 }
 
 fn show_minutes(forecast: &MinutesForecast) {
-    say(&format!("\nover minutes, from {} (UTC)", utc(forecast.until_unix_ms)));
+    say(&format!("\nover minutes, from {}", utc(forecast.until_unix_ms)));
     let mut rows = table(
         ["resource", "in", "q05", "q50", "q90", "q95", "q99", "", "champion", "coverage"],
         &[1, 2, 3, 4, 5, 6, 9],

@@ -350,8 +350,10 @@ impl OutlookSeries {
             if let Some(points) = horizon.blend.band(&issued.bands[..BLEND], &issued.gave[..BLEND]) {
                 horizon.give(&mut issued, BLEND, points, config);
             }
+            // Before anybody has shown anything: what the network knows of all series, with the widths it gives itself.
+            let untried = if issued.gave[LSTM_UNCALIBRATED] { LSTM_UNCALIBRATED } else { LAST_VALUE };
             let best: [usize; LEVELS] =
-                std::array::from_fn(|level| horizon.blend.best(level, &issued.gave).unwrap_or(LAST_VALUE));
+                std::array::from_fn(|level| horizon.blend.best(level, &issued.gave).unwrap_or(untried));
             issued.served = std::array::from_fn(|level| issued.bands[best[level]][level]);
             issued.served.sort_by(f64::total_cmp);
             issued.champion = best[1];
