@@ -48,9 +48,9 @@ enum Suite {
     /// What the probes cost whom they watch and who listens to them, and what they lose, beside bpftrace and libbpf-tools.
     Probes(probes::Options),
     /// Forecasts on real traces, beside the baselines with the same calibration.
-    Forecast(forecast::Options),
+    Forecast(forecast::data::Options),
     /// How much to reserve, on real traces: the tuner beside what autoscalers do.
-    Tuner(tuner::Options),
+    Tuner(forecast::data::Options),
     /// What a forecast costs: the step beside ONNX Runtime, a tick of 1,000 profiles, the memory of 10,000.
     Infer(Options),
     /// The other process of `transfer`.

@@ -10,6 +10,29 @@ use flate2::read::MultiGzDecoder;
 
 use crate::stats::median;
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    pub(crate) common: crate::Options,
+    /// Folder of traces, `entity,ts_s,<numeric columns>`, .csv or .csv.gz; or a folder with such a folder `traces`.
+    #[arg(long)]
+    data: PathBuf,
+    /// Only traces whose names contain this.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+impl Options {
+    /// Reads one trace after the other.
+    pub(crate) fn traces(&self) -> Result<impl Iterator<Item = Result<Trace>>> {
+        let wanted = |trace: &Result<Trace>| match (trace, &self.only) {
+            (Ok(trace), Some(only)) => trace.name.contains(only),
+            _ => true,
+        };
+        Ok(files(&self.data)?.into_iter().map(|path| read(&path)).filter(wanted))
+    }
+}
+
 /// One column of one entity.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Series {
@@ -28,7 +51,7 @@ pub(crate) struct Trace {
 }
 
 /// The trace files of a folder, or of its `traces/`.
-pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let traces = folder.join("traces");
     let folder = if traces.is_dir() { &traces } else { folder };
     let entries = std::fs::read_dir(folder).with_context(|| format!("cannot read the folder {}", folder.display()))?;
@@ -46,7 +69,7 @@ pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Reads a file.
-pub(crate) fn read(path: &Path) -> Result<Trace> {
+fn read(path: &Path) -> Result<Trace> {
     let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let reader: Box<dyn Read> =

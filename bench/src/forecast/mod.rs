@@ -10,7 +10,7 @@ mod tally;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
@@ -24,18 +24,6 @@ use crate::stats::{median, quantile, quartiles};
 use crate::suite::Outcome;
 use replay::{Effort, Replayed, TESTED_MIN, replay};
 use tally::{COMPARED, Sum, Tally};
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    #[command(flatten)]
-    pub(crate) common: crate::Options,
-    /// Folder of traces, `entity,ts_s,<numeric columns>`, .csv or .csv.gz; or a folder with such a folder `traces`.
-    #[arg(long)]
-    data: PathBuf,
-    /// Only traces whose names contain this.
-    #[arg(long)]
-    only: Option<String>,
-}
 
 const BASELINES: [Champion; 5] =
     [Champion::LastValue, Champion::Seasonal, Champion::Ewma, Champion::Linear, Champion::Histogram];
@@ -55,15 +43,12 @@ const WHOLE: Effort = Effort {
 const RATIO_MEAN: f64 = 0.9;
 const RATIO_WORST: f64 = 1.0;
 
-pub(crate) fn run(options: &Options) -> Result<Outcome> {
+pub(crate) fn run(options: &data::Options) -> Result<Outcome> {
     let effort = if options.common.quick { QUICK } else { WHOLE };
     let mut outcome = Outcome::default();
     let mut by_file = Vec::new();
-    for path in data::files(&options.data)? {
-        let trace = data::read(&path)?;
-        if options.only.as_ref().is_some_and(|only| !trace.name.contains(only)) {
-            continue;
-        }
+    for trace in options.traces()? {
+        let trace = trace?;
         let replayed = replay(&trace, &effort)?;
         let (rows, ratios) = rows_of(&trace.name, trace.step_s, &replayed);
         outcome.rows.extend(rows);

@@ -8,7 +8,6 @@
 mod policies;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 
 use anyhow::Result;
 use serde_json::json;
@@ -23,18 +22,6 @@ use crate::rows::{Conditions, Row};
 use crate::stats::{median, quartiles};
 use crate::suite::Outcome;
 use policies::{Constant, Known, Ours, PERCENT_MAX, PERCENT_MIN, Pid, Policy, Vpa};
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    #[command(flatten)]
-    pub(crate) common: crate::Options,
-    /// Folder of traces, as for `forecast`.
-    #[arg(long)]
-    data: PathBuf,
-    /// Only traces whose names contain this.
-    #[arg(long)]
-    only: Option<String>,
-}
 
 const TRAIN: TrainConfig =
     TrainConfig { seed: 1, steps_max: 100, learning_rate: 1e-3, patience_steps: 100, look_every_steps: 50 };
@@ -56,14 +43,11 @@ const WEEK_S: u64 = 604_800;
 /// Decisions that say something.
 const DECISIONS_MIN: usize = 50;
 
-pub(crate) fn run(options: &Options) -> Result<Outcome> {
+pub(crate) fn run(options: &data::Options) -> Result<Outcome> {
     let effort = if options.common.quick { QUICK } else { WHOLE };
     let mut outcome = Outcome::default();
-    for path in data::files(&options.data)? {
-        let trace = data::read(&path)?;
-        if options.only.as_ref().is_none_or(|only| trace.name.contains(only)) {
-            outcome.rows.extend(rows_of(&trace, &effort)?);
-        }
+    for trace in options.traces()? {
+        outcome.rows.extend(rows_of(&trace?, &effort)?);
     }
     Ok(outcome)
 }

@@ -48,7 +48,7 @@ impl Forecaster {
 
     /// One tick at `tick_unix_ms`: takes each service's window in, scores the forecasts that came due, and makes new
     /// ones. A service is named at most once per tick; a second window counts as a duplicate. Allocates nothing unless
-    /// a service is new.
+    /// a service is new, or they come in another order.
     pub fn observe(&mut self, tick_unix_ms: u64, windows: &[(ServiceName, &FeatureWindow)]) {
         // In parts, so that what a profile holds is still near when its network has made its step.
         for (part, windows) in windows.chunks(PART).enumerate() {

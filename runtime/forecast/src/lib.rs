@@ -1,7 +1,7 @@
 //! Feature windows in, demand out: what each service will need over the next seconds, as quantiles that are honest
 //! about their width.
 //!
-//! Three candidates forecast every resource of every service on every tick, each with its own adaptive conformal
+//! Three candidates forecast every resource of every service on every tick, each with its own adaptive
 //! calibration: the last value, an L1 linear model on recent changes that learns online, and an LSTM that is trained
 //! in the background and corrects the linear model. Per series whoever had the lowest recent pinball loss is the
 //! champion and serves, so nobody is worse off than with the best baseline for long.
