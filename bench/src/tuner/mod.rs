@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::Result;
 use serde_json::json;
 use warmswap_forecast::TrainConfig;
-use warmswap_model::Quantiles;
+use warmswap_model::{Quantiles, Resource};
 
 use crate::forecast::data;
 use crate::forecast::replay::{Effort, walk};
@@ -30,13 +30,13 @@ const WHOLE: Effort = Effort { series_max: 24, steps_max: 30_000, train: TRAIN }
 
 /// Seeds of the tuner's exploration.
 const SEEDS: u64 = 5;
-/// Prices of a shortfall: what our curve of slack over violations is drawn with. The tuner's own is among them.
+/// Prices of a shortfall: what our curve of slack over violations is drawn with. The tuner's own are among them.
 const PRICES: [f64; 15] = [0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 1024.0, 16_384.0];
-const PRICE: usize = 4;
 /// Set-points of the controller: shares above the need.
 const ABOVE: [f64; 11] = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0];
 /// Percentages of the constants, among which the best one is looked for in hindsight.
 const GRID: usize = 25;
+const VPA: &str = "p90 of a histogram × 1.15";
 const SLACK_VS_VPA: f64 = 0.5;
 const SLACK_VS_PID: f64 = 1.0;
 const WEEK_S: u64 = 604_800;
@@ -192,45 +192,52 @@ fn play(lanes: &[&Lane], step_s: u64, price: f64, mut make: impl FnMut() -> Box<
 
 fn compare(lanes: &[&Lane], step_s: u64, conditions: &Conditions, progress: &mut Progress) -> Result<Vec<Row>> {
     let n = lanes.iter().flat_map(|lane| &lane.decisions).filter(|one| one.counts).count();
-    let price = PRICES[PRICE];
+    let resource = resource_of(&lanes[0].column);
+    let usual = Ours::usual_price(resource);
     let steps_of_a_day = 86_400.0 / step_s as f64;
-    let vpa = play(lanes, step_s, price, || Box::new(Vpa::new(steps_of_a_day, Vpa::MARGIN)))?;
+    let vpa = play(lanes, step_s, usual, || Box::new(Vpa::new(steps_of_a_day)))?;
     let mut pids = Vec::new();
     for gains in Pid::GAINS {
         for above in ABOVE {
-            pids.push(play(lanes, step_s, price, || Box::new(Pid::new(gains, above)))?);
+            pids.push(play(lanes, step_s, usual, || Box::new(Pid::new(gains, above)))?);
         }
         progress.at(format_args!("the controller with the gains {gains:?}"));
     }
     let percent = |at: usize| PERCENT_MIN * (PERCENT_MAX / PERCENT_MIN).powf(at as f64 / (GRID - 1) as f64);
-    let mut best = f64::INFINITY;
-    for at in 0..GRID {
-        best = best.min(play(lanes, step_s, price, || Box::new(Constant(percent(at))))?.cost);
+    // Each series has its own best constant.
+    let mut best = 0.0;
+    for lane in lanes {
+        let mut of_lane = f64::INFINITY;
+        for at in 0..GRID {
+            of_lane = of_lane.min(play(&[*lane], step_s, usual, || Box::new(Constant(percent(at))))?.cost);
+        }
+        best += of_lane * lane.decisions.iter().filter(|one| one.counts).count() as f64 / n as f64;
     }
     let (mut vs_vpa, mut vs_pid, mut regret, mut worst) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut curve_said = String::new();
+    let mut met = (0, 0);
     for seed in 0..SEEDS {
-        let mut curve = Vec::new();
-        for (at, price) in PRICES.into_iter().enumerate() {
+        let (mut curve, mut weeks) = (Vec::new(), Vec::new());
+        for price in PRICES {
             let mut lane = 0u64;
-            let came = play(lanes, step_s, PRICES[PRICE], || {
+            let came = play(lanes, step_s, usual, || {
                 lane += 1;
-                Box::new(Ours::new(price, seed * 1_000_003 + lane))
+                Box::new(Ours::new(resource, price, seed * 1_000_003 + lane))
             })?;
             progress.at(format_args!("the tuner, seed {seed}, price {price}"));
-            if at == PRICE {
+            if price == usual {
                 regret.push(came.cost / best - 1.0);
-                worst.push(came.worst_week);
             }
             curve.push((came.violations, came.slack));
+            weeks.push((came.violations, came.worst_week));
         }
-        vs_vpa.extend(slack_at(&curve, vpa.violations).map(|slack| slack / vpa.slack));
+        worst.extend(between(&weeks, vpa.violations));
+        vs_vpa.extend(between(&curve, vpa.violations).map(|slack| slack / vpa.slack));
         // The controller at whatever set-point and gains, wherever both curves are known: the median of these points.
-        let against: Vec<f64> = front(&pids)
-            .into_iter()
-            .filter_map(|pid| Some(slack_at(&curve, pid.violations)? / pid.slack))
-            .filter(|ratio| ratio.is_finite())
-            .collect();
+        let settings = front(&pids);
+        let ratio = |pid: &Came| Some(between(&curve, pid.violations)? / pid.slack).filter(|ratio| ratio.is_finite());
+        let against: Vec<f64> = settings.iter().filter_map(ratio).collect();
+        met = (met.0 + against.len(), met.1 + settings.len());
         vs_pid.extend(median(&against));
         let ends = |curve: &[(f64, f64)]| (curve.first().copied(), curve.last().copied());
         if let (Some(first), Some(last)) = ends(&curve) {
@@ -251,22 +258,43 @@ fn compare(lanes: &[&Lane], step_s: u64, conditions: &Conditions, progress: &mut
         row(id, values).beside(peer, None, None).at_most(target)
     };
     let said = format!(
-        "it has {:.1} % violations at slack {:.3}, in its worst week {:.1} %; {curve_said}",
+        "it has {:.1} % violations at slack {:.3}; {} of {SEEDS} seeds compared; {curve_said}",
         100.0 * vpa.violations,
         vpa.slack,
-        100.0 * vpa.worst_week
+        vs_vpa.len()
     );
+    let met = format!("{} of {} settings of all seeds compared", met.0, met.1);
+    let weeks = if worst.is_empty() {
+        Row::left_out(
+            "tuner.worst_week_violations",
+            "",
+            VPA,
+            &format!("the curves do not meet: {curve_said}"),
+            conditions,
+        )
+    } else {
+        row("tuner.worst_week_violations", &worst).beside(VPA, Some(vpa.worst_week), None)
+    };
     Ok(vec![
-        vs("tuner.slack_vs_vpa", &vs_vpa, "p90 of a histogram × 1.15", SLACK_VS_VPA).note(Some(said)),
-        vs("tuner.slack_vs_pid", &vs_pid, "PID, best gains in hindsight", SLACK_VS_PID),
-        row("tuner.regret", &regret).beside("best constant percentage in hindsight", None, None),
-        row("tuner.worst_week_violations", &worst).beside("p90 of a histogram × 1.15", Some(vpa.worst_week), None),
+        vs("tuner.slack_vs_vpa", &vs_vpa, VPA, SLACK_VS_VPA).note(Some(said)),
+        vs("tuner.slack_vs_pid", &vs_pid, "PID, best gains in hindsight", SLACK_VS_PID).note(Some(met)),
+        row("tuner.regret", &regret).beside("best constant of each series in hindsight", None, None),
+        weeks,
     ])
 }
 
-/// Slack at a share of violations, between the settings that are known; on a logarithmic axis, because a tenth of the
+fn resource_of(column: &str) -> Resource {
+    match column {
+        _ if column.starts_with("mem") => Resource::Memory,
+        _ if column.starts_with("net") => Resource::Network,
+        _ if column.starts_with("disk") => Resource::Disk,
+        _ => Resource::Cpu,
+    }
+}
+
+/// What a policy comes to at a share of violations, between the settings that are known; on a logarithmic axis, because a tenth of the
 /// violations costs about as much everywhere. `None` beyond the ends.
-fn slack_at(curve: &[(f64, f64)], violations: f64) -> Option<f64> {
+fn between(curve: &[(f64, f64)], violations: f64) -> Option<f64> {
     if violations == 0.0 {
         let never = curve.iter().filter(|(share, _)| *share == 0.0).map(|(_, slack)| *slack);
         return never.min_by(f64::total_cmp);
@@ -274,9 +302,9 @@ fn slack_at(curve: &[(f64, f64)], violations: f64) -> Option<f64> {
     let mut curve: Vec<(f64, f64)> = curve.iter().filter(|(share, _)| *share > 0.0).copied().collect();
     curve.sort_by(|a, b| a.0.total_cmp(&b.0));
     let pair = curve.windows(2).find(|pair| pair[0].0 <= violations && violations <= pair[1].0)?;
-    let [(low, slack_low), (high, slack_high)] = [pair[0], pair[1]];
+    let [(low, at_low), (high, at_high)] = [pair[0], pair[1]];
     let share = if high > low { (violations / low).ln() / (high / low).ln() } else { 0.5 };
-    Some(slack_low + share * (slack_high - slack_low))
+    Some(at_low + share * (at_high - at_low))
 }
 
 /// Settings that no other one beats in both.
@@ -292,10 +320,10 @@ mod tests {
     #[test]
     fn slack_is_read_between_settings_and_not_beyond() {
         let curve = [(0.1, 1.0), (0.01, 2.0), (0.001, 3.0)];
-        let close = |at: f64, slack: f64| slack_at(&curve, at).is_some_and(|found| (found - slack).abs() < 1e-9);
+        let close = |at: f64, slack: f64| between(&curve, at).is_some_and(|found| (found - slack).abs() < 1e-9);
         assert!(close(0.1, 1.0) && close(0.01, 2.0) && close(0.1f64.sqrt() * 0.1, 1.5));
-        assert!(slack_at(&curve, 0.0).is_none() && slack_at(&[(0.0, 4.0), (0.0, 3.0)], 0.0) == Some(3.0));
-        assert!(slack_at(&curve, 0.2).is_none() && slack_at(&curve, 0.0001).is_none());
+        assert!(between(&curve, 0.0).is_none() && between(&[(0.0, 4.0), (0.0, 3.0)], 0.0) == Some(3.0));
+        assert!(between(&curve, 0.2).is_none() && between(&curve, 0.0001).is_none());
     }
 
     #[test]

@@ -26,17 +26,27 @@ pub(super) const PERCENT_MAX: f64 = 400.0;
 /// The tuner, as it learns from handovers: each interval is one.
 pub(super) struct Ours {
     tuner: Tuner,
+    resource: Resource,
     seed: u64,
     used: (f64, f64),
 }
 
 impl Ours {
     /// `price` is that of a shortfall.
-    pub(super) fn new(price: f64, seed: u64) -> Self {
+    pub(super) fn new(resource: Resource, price: f64, seed: u64) -> Self {
+        Self { tuner: Self::tuner().with_shortfall_price(price), resource, seed, used: (0.0, 0.0) }
+    }
+
+    /// The price that the agent uses.
+    pub(super) fn usual_price(resource: Resource) -> f64 {
+        Self::tuner().shortfall_price(resource)
+    }
+
+    fn tuner() -> Tuner {
         let percent = PerResource::from_fn(|_| 110.0);
         let reserve = Reserve { percent, percent_min: PERCENT_MIN, percent_max: PERCENT_MAX, tune: true };
         let rails = Rails { percent_min: PERCENT_MIN, percent_max: PERCENT_MAX, ceiling: PerResource::default() };
-        Self { tuner: Tuner::new(&reserve, rails).with_shortfall_price(price), seed, used: (0.0, 0.0) }
+        Tuner::new(&reserve, rails)
     }
 }
 
@@ -44,21 +54,21 @@ impl Policy for Ours {
     fn reserve(&mut self, known: &Known<'_>) -> f64 {
         // SplitMix64: the same seed explores the same.
         let seed = &mut self.seed;
-        let percent = self.tuner.choose_for(Resource::Cpu, || {
+        let percent = self.tuner.choose_for(self.resource, || {
             *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut z = *seed;
             z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
         });
-        let base = self.tuner.base(Resource::Cpu, &known.forecast);
+        let base = self.tuner.base(self.resource, &known.forecast);
         self.used = (base, percent);
         base * percent / 100.0
     }
 
     fn learn(&mut self, need: f64) {
         let (base, percent) = self.used;
-        let one = |value: f64| PerResource { cpu: value, ..PerResource::default() };
+        let one = |value: f64| PerResource::from_fn(|resource| if resource == self.resource { value } else { 0.0 });
         self.tuner.learn(&Outcome { percent: one(percent), base: one(base), actual: one(need), ..Outcome::default() });
     }
 }
@@ -81,15 +91,14 @@ pub(super) struct Vpa {
     total: f64,
     weight: f64,
     growth_of_weight: f64,
-    margin: f64,
 }
 
 impl Vpa {
     pub(super) const MARGIN: f64 = 1.15;
 
-    pub(super) fn new(steps_of_a_day: f64, margin: f64) -> Self {
+    pub(super) fn new(steps_of_a_day: f64) -> Self {
         let growth_of_weight = 2f64.powf(1.0 / steps_of_a_day.max(1.0));
-        Self { buckets: BTreeMap::new(), total: 0.0, weight: 1.0, growth_of_weight, margin }
+        Self { buckets: BTreeMap::new(), total: 0.0, weight: 1.0, growth_of_weight }
     }
 }
 
@@ -112,7 +121,7 @@ impl Policy for Vpa {
             sum >= 0.9 * self.total
         });
         let p90 = at.map_or(0.0, |(bucket, _)| if *bucket == i32::MIN { 0.0 } else { GROWTH.powi(bucket + 1) });
-        self.margin * p90
+        Self::MARGIN * p90
     }
 
     fn learn(&mut self, _need: f64) {}
@@ -171,13 +180,17 @@ mod tests {
     #[test]
     fn each_policy_comes_to_what_it_is_for() {
         assert!((reserved_at_last(&mut Constant(120.0), |_| 1.0) - 120.0).abs() < 1e-9);
-        let vpa = reserved_at_last(&mut Vpa::new(96.0, Vpa::MARGIN), |_| 50.0);
+        let vpa = reserved_at_last(&mut Vpa::new(96.0), |_| 50.0);
         assert!((57.5..=60.5).contains(&vpa), "{vpa}");
         for gains in Pid::GAINS {
             let pid = reserved_at_last(&mut Pid::new(gains, 0.2), |_| 50.0);
             assert!((59.0..=61.0).contains(&pid), "{gains:?}: {pid}");
         }
-        let ours = reserved_at_last(&mut Ours::new(4.0, 1), |interval| if interval % 2 == 0 { 80.0 } else { 120.0 });
+        let ours =
+            reserved_at_last(
+                &mut Ours::new(Resource::Cpu, 4.0, 1),
+                |interval| if interval % 2 == 0 { 80.0 } else { 120.0 },
+            );
         assert!((120.0..=145.0).contains(&ours), "{ours}");
     }
 }

@@ -228,10 +228,10 @@ impl Actor {
         let percent = self.tuner.choose(random::uniform());
         let forecast = lock(&self.shared.forecaster).demand(&name);
         // Without a forecast the ceiling is held: a shadow must not starve because nobody has watched for long enough.
-        let base = forecast.as_ref().map(|demand| demand.quantiles.map(|r, forecast| self.tuner.base(r, forecast)));
+        let base = forecast.as_ref().map(|demand| self.tuner.bases(demand, self.memory_mb()));
         let reserved = base.as_ref().map_or(
             PerResource { cpu: 0.0, memory: settings.resources.memory_mb_max, network: 0.0, disk: 0.0 },
-            |base| reservation(base, self.memory_mb(), &percent, &rails),
+            |base| reservation(base, &percent, &rails),
         );
         let plan = Plan {
             handover: self.shared.history.next_handover_id()?,

@@ -168,7 +168,16 @@ impl Shared {
             tracing::warn!("the tuner of {} begins anew: {error}", file.name);
             None
         });
-        let saved = saved.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let saved = saved.and_then(|bytes| match serde_json::from_slice(&bytes) {
+            Ok(saved) => Some(saved),
+            Err(error) => {
+                tracing::warn!(
+                    "the tuner of {} begins anew, what is saved is not one of this version: {error}",
+                    file.name
+                );
+                None
+            }
+        });
         Tuner::restore(saved, &file.reserve, Rails::new(&file.reserve, &file.resources))
     }
 

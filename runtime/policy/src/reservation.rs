@@ -37,23 +37,13 @@ impl Rails {
     }
 }
 
-/// What the tuner takes of the forecast ([`Tuner::base`](crate::Tuner::base)) × percentage, per resource, in the resource's unit;
+/// What the tuner takes of the forecast ([`Tuner::bases`](crate::Tuner::bases)) × percentage, per resource, in the resource's unit;
 /// never negative, never above the ceiling. A base that is no number reserves nothing: the shadow then starts as it would without
 /// a forecast.
-///
-/// `memory_mb_now`: what the active holds. Counts when it is more than the forecast says, which may come from a program
-/// that was still starting: memory, unlike the rates, does not go down by itself.
 #[must_use]
-pub fn reservation(
-    base: &PerResource<f64>,
-    memory_mb_now: f64,
-    percent: &PerResource<f64>,
-    rails: &Rails,
-) -> PerResource<f64> {
+pub fn reservation(base: &PerResource<f64>, percent: &PerResource<f64>, rails: &Rails) -> PerResource<f64> {
     PerResource::from_fn(|resource| {
-        let base = base[resource];
-        let base = if resource == Resource::Memory { base.max(memory_mb_now) } else { base };
-        let wanted = base * rails.clamp_percent(percent[resource]) / 100.0;
+        let wanted = base[resource] * rails.clamp_percent(percent[resource]) / 100.0;
         let ceiling = rails.ceiling[resource].unwrap_or(f64::INFINITY).max(0.0);
         if wanted.is_finite() { wanted.max(0.0).min(ceiling) } else { 0.0 }
     })
@@ -146,17 +136,9 @@ mod tests {
     fn a_reservation_is_a_percentage_of_its_base() {
         let base = PerResource { cpu: 50.0, memory: 200.0, network: 8.0, disk: 4.0 };
         let percent = PerResource { cpu: 110.0, memory: 120.0, network: 100.0, disk: 50.0 };
-        let reserved = reservation(&base, 150.0, &percent, &rails());
+        let reserved = reservation(&base, &percent, &rails());
         assert!((reserved.cpu - 55.0).abs() < 1e-9 && (reserved.memory - 240.0).abs() < 1e-9);
         assert!((reserved.network - 8.0).abs() < 1e-9 && (reserved.disk - 2.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn memory_that_is_held_counts_when_the_forecast_says_less() {
-        let percent = PerResource { memory: 120.0, ..PerResource::default() };
-        let base = PerResource { memory: 0.1, ..PerResource::default() };
-        let reserved = reservation(&base, 30.0, &percent, &rails());
-        assert!((reserved.memory - 36.0).abs() < 1e-9, "{reserved:?}");
     }
 
     #[test]
@@ -175,7 +157,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_forecast_and_no_percentage_crosses_the_rails(base in any_per_resource(), percent in any_per_resource()) {
-            let reserved = reservation(&base, 0.0, &percent, &rails());
+            let reserved = reservation(&base, &percent, &rails());
             for resource in Resource::ALL {
                 let value = reserved[resource];
                 prop_assert!(value.is_finite() && value >= 0.0);

@@ -4,8 +4,8 @@
 //! the next handover takes the arm that looks cheapest after a random draw within the uncertainty of each mean (Thompson
 //! sampling), so that arms that are little known are tried now and then. What has been learned can be read as a table.
 //!
-//! cost = share of the reservation that was not needed (slack)
-//!      + 0.5 (the price of a shortfall) + relative shortfall (at most 1) when it did not cover the demand
+//! cost = what was reserved and not needed, in typical demands (slack)
+//!      + the price of a shortfall (memory 2, others 0.5) + relative shortfall (at most 1) when it did not cover the demand
 //!      + a penalty when it hurt: throttled 1, latency dip 1, OOM 4
 //!
 //! An outcome teaches more than the arm that was used, because more reservation never hurts more: the actual demand says
@@ -14,7 +14,7 @@
 //! costs count half. Old outcomes fade, because services change.
 
 use serde::{Deserialize, Serialize};
-use warmswap_model::{PerResource, Quantiles, Reserve, Resource};
+use warmswap_model::{DemandVector, PerResource, Quantiles, Reserve, Resource};
 
 use crate::reservation::Rails;
 
@@ -31,8 +31,9 @@ const PRIOR_COST: f64 = 0.3;
 const PRIOR_COST_PER_PERCENT: f64 = 0.004;
 /// Spread of the cost of one outcome that is assumed when sampling; also keeps exploration alive.
 const COST_SPREAD: f64 = 0.25;
-/// Cost of not covering the demand, whether or not anything was seen to suffer, unless told otherwise.
-const SHORT: f64 = 0.5;
+/// Cost of not covering the demand, whether or not anything was seen to suffer, unless told otherwise: memory that is missing
+/// kills, the others slow down.
+const SHORT: PerResource<f64> = PerResource { cpu: 0.5, memory: 2.0, network: 0.5, disk: 0.5 };
 const THROTTLED: f64 = 1.0;
 const DIP: f64 = 1.0;
 const OOM: f64 = 4.0;
@@ -42,7 +43,7 @@ const OOM: f64 = 4.0;
 pub struct Outcome {
     /// The percentages that were used, as [`Tuner::choose`] gave them.
     pub percent: PerResource<f64>,
-    /// What the percentages were of, as [`Tuner::base`] gave it.
+    /// What the percentages were of, as [`Tuner::bases`] gave it.
     pub base: PerResource<f64>,
     /// Highest demand in the horizon after the handover.
     pub actual: PerResource<f64>,
@@ -69,7 +70,7 @@ pub struct Tuner {
     rails: Rails,
     configured: PerResource<f64>,
     tune: bool,
-    short: f64,
+    short: PerResource<f64>,
     /// Mean demand of the outcomes, old ones faded; 0: not known.
     typical: PerResource<f64>,
     arms: PerResource<Vec<Arm>>,
@@ -106,10 +107,15 @@ impl Tuner {
         Self { rails, configured, tune: reserve.tune, short: SHORT, typical: PerResource::default(), arms, outcomes: 0 }
     }
 
-    /// With another price of a shortfall, in reservations that were not needed at all: the dearer, the fewer.
+    /// With another price of a shortfall, in typical demands: the dearer, the fewer.
     #[must_use]
     pub fn with_shortfall_price(self, price: f64) -> Self {
-        Self { short: price, ..self }
+        Self { short: PerResource::from_fn(|_| price), ..self }
+    }
+
+    #[must_use]
+    pub fn shortfall_price(&self, resource: Resource) -> f64 {
+        self.short[resource]
     }
 
     /// `saved` if it was learned under the same settings and is sound, otherwise a new tuner: a changed service file or
@@ -123,6 +129,8 @@ impl Tuner {
                 old.len() == new.len()
                     && old.iter().zip(new).all(|(a, b)| a.percent == b.percent)
                     && old.iter().all(|a| a.mean_cost.is_finite() && a.weight.is_finite() && a.weight > 0.0)
+                    && saved.typical[resource].is_finite()
+                    && saved.typical[resource] >= 0.0
             })
         };
         match saved {
@@ -158,7 +166,15 @@ impl Tuner {
         self.rails.clamp_percent(best.1)
     }
 
-    /// What of a forecast the percentage is of: the quantile at which one more unit reserved costs as much as it saves, by the
+    /// What of a forecast the percentages are of. `memory_mb_now`: what the active holds. Counts when it is more than the forecast
+    /// says, which may come from a program that was still starting: memory, unlike the rates, does not go down by itself.
+    #[must_use]
+    pub fn bases(&self, demand: &DemandVector, memory_mb_now: f64) -> PerResource<f64> {
+        let bases = demand.quantiles.map(|resource, forecast| self.base(resource, forecast));
+        PerResource { memory: bases.memory.max(memory_mb_now), ..bases }
+    }
+
+    /// What of one resource's forecast the percentage is of: the quantile at which one more unit reserved costs as much as it saves, by the
     /// forecast's own account. Where the demand is known well that is a high one; before a burst of which nobody knows how high it
     /// goes, covering it would cost more than it is worth.
     #[must_use]
@@ -179,7 +195,7 @@ impl Tuner {
             for _ in 0..BETWEEN {
                 area += level_step * (value + value_step / 2.0);
                 (level, value) = (level + level_step, value + value_step);
-                let cost = (level * value - area) / typical + self.short * (1.0 - level);
+                let cost = (level * value - area) / typical + self.short[resource] * (1.0 - level);
                 if cost < best {
                     (best, base) = (cost, value);
                 }
@@ -219,7 +235,7 @@ impl Tuner {
                 continue;
             };
             for (index, arm) in arms.iter_mut().enumerate() {
-                let fit = fit_cost(base * arm.percent / 100.0, actual, typical, self.short);
+                let fit = fit_cost(base * arm.percent / 100.0, actual, typical, self.short[resource]);
                 let (cost, weight) = if index == nearest {
                     arm.used += 1;
                     arm.hurt += u64::from(hurt);
@@ -262,7 +278,7 @@ impl Tuner {
                     .map(|arm| format!("; next {:.0} % at {:.2}", arm.percent, arm.mean_cost))
                     .unwrap_or_default();
                 format!(
-                    "{resource}: {:.0} % of the forecast looks best, mean cost {:.2} (used {}, hurt {}){rival}; {} outcomes",
+                    "{resource}: {:.0} % of what is worth covering of the forecast looks best, mean cost {:.2} (used {}, hurt {}){rival}; {} outcomes",
                     best.percent, best.mean_cost, best.used, best.hurt, self.outcomes
                 )
             }
@@ -392,7 +408,7 @@ mod tests {
             let base = PerResource::from_fn(|_| 100.0);
             let actual = needs.map(|_, n| n * (0.9 + 0.2 * random()));
             let cost = |percent: f64, r: Resource| {
-                fit_cost(percent, actual[r], 100.0, SHORT) + if actual[r] > percent { 1.0 } else { 0.0 }
+                fit_cost(percent, actual[r], 100.0, SHORT[r]) + if actual[r] > percent { 1.0 } else { 0.0 }
             };
             for r in Resource::ALL {
                 constant += cost(Reserve::default().percent[r], r);
@@ -429,6 +445,20 @@ mod tests {
         assert!(tuner.base(Resource::Cpu, &wide) < wide.q90);
         let dear = tuner.with_shortfall_price(1000.0);
         assert!((dear.base(Resource::Cpu, &wide) - wide.q99).abs() < 1e-6);
+    }
+
+    #[test]
+    fn memory_that_is_held_counts_when_the_forecast_says_less() {
+        let low = Quantiles { q05: 0.0, q50: 0.05, q90: 0.1, q95: 0.11, q99: 0.13 };
+        let demand = DemandVector {
+            horizon_s: 5.0,
+            quantiles: PerResource::from_fn(|_| low),
+            champion: PerResource::from_fn(|_| warmswap_model::Champion::Lstm),
+            coverage90: PerResource::default(),
+            confidence: 0.9,
+        };
+        let bases = Tuner::new(&Reserve::default(), rails()).bases(&demand, 30.0);
+        assert_eq!((bases.memory, bases.cpu), (30.0, 0.1));
     }
 
     #[test]
