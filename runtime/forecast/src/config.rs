@@ -3,8 +3,7 @@
 use serde::{Deserialize, Serialize};
 use warmswap_model::PerResource;
 
-/// How one forecaster works: its clock and how fast it forgets. One forecaster has one clock; forecasts over minutes
-/// are a second forecaster with `step_ms` = 60,000, fed with one-minute windows.
+/// How a [`Forecaster`](crate::Forecaster) works: its clock and how fast it forgets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ForecastConfig {
     /// Time between two windows, ms.

@@ -30,7 +30,7 @@ const PRIOR_WEIGHT: f64 = 1.0;
 const PRIOR_COST: f64 = 0.3;
 const PRIOR_COST_PER_PERCENT: f64 = 0.004;
 /// Spread of the cost of one outcome that is assumed when sampling; also keeps exploration alive.
-const COST_SPREAD: f64 = 0.25;
+const COST_SPREAD: f64 = 0.1;
 /// Cost of not covering the demand, whether or not anything was seen to suffer, unless told otherwise: memory that is missing
 /// kills, the others slow down.
 const SHORT: PerResource<f64> = PerResource { cpu: 0.5, memory: 2.0, network: 0.5, disk: 0.5 };
